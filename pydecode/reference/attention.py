@@ -1,0 +1,220 @@
+"""The formula that every attention op shares: rows in flight over a cached context.
+
+Each request is computed on its own, so a request's bits cannot depend on its batch. Nothing here
+synchronises: on a CUDA device the table's capacity bounds the context and the mask does the rest;
+on the CPU the length is free to read, so only the context itself is touched.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .numbers import compute_dtype
+
+
+class Context(NamedTuple):
+    """What the rows of a batch see of the cache: positions [start, stop) less [hole, hole_end)."""
+
+    stop: Tensor  # [B], clipped to the cache
+    start: Tensor | None = None  # [B]
+    hole: Tensor | None = None  # [B]
+    hole_end: Tensor | None = None  # [B]
+    lowest: Tensor | None = None  # [B, N], a window: the lowest position that row i sees
+    highest: Tensor | None = None  # [B, N], row i sees positions below this one only
+
+
+class Cache(NamedTuple):
+    """A K/V cache, paged ([pages, page_size, Hkv, D] with a table) or not ([B, S, Hkv, D])."""
+
+    k: Tensor
+    v: Tensor
+    block_table: Tensor | None
+    k_scale: Tensor | float  # a float, or [B, Hkv]
+    v_scale: Tensor | float
+
+    @property
+    def capacity(self) -> int:
+        if self.block_table is None:
+            return self.k.shape[1]
+        return self.block_table.shape[1] * self.k.shape[1]
+
+
+def scale_argument(
+    number: float, tensor: Tensor | None, batch: int, num_kv_heads: int
+) -> Tensor | float:
+    """The fp8 scale pair as a float or [B, Hkv]."""
+    return number if tensor is None else tensor.float().expand(batch, num_kv_heads)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    *,
+    softmax_scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T) v of one request under an explicit mask.
+
+    q [Hq, N, D], k [Hkv, S, D], v [Hkv, S, Dv], visible bool [N, S] -> out [Hq, N, Dv], lse [Hq, N].
+    """
+    Hq, N, D = q.shape
+    Hkv, S, Dv = v.shape
+    group = Hq // Hkv
+    s = (q.reshape(Hkv, group * N, D) @ k.mT).view(Hkv, group, N, S) * softmax_scale
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    s = s.masked_fill(~visible, -torch.inf)
+    # log-sum-exp, with -inf for a row that sees nothing, and the sink as one more logit
+    top = s.amax(-1) if S else s.new_full((Hkv, group, N), -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(s.dtype).view(Hkv, group, 1)
+        top = torch.maximum(top, sink)
+    base = torch.where(top == -torch.inf, 0.0, top)
+    p = torch.exp(s - base[..., None])
+    total = p.sum(-1)
+    if sinks is not None:
+        total = total + torch.exp(sink - base)
+    p = torch.where(total[..., None] == 0, 0.0, p / total[..., None]).view(Hkv, group * N, S)
+    out = p @ v
+    if out.device.type != "cpu" or not out.isfinite().all():
+        out = _weigh_selected(p, v, visible.repeat(group, 1))
+    lse = base + torch.log(total)
+    return out.view(Hq, N, Dv), lse.view(Hq, N)
+
+
+def _weigh_selected(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """p @ v where an invisible NaN or Inf of v counts as absent: it is selected away, not times 0."""
+    out = p @ torch.where(v.isfinite(), v, 0.0)
+    seen = visible.to(v.dtype)
+    for bad, value in ((v == torch.inf, torch.inf), (v == -torch.inf, -torch.inf)):
+        out = out + torch.where(seen @ bad.to(v.dtype) > 0, value, 0.0)
+    return torch.where(seen @ v.isnan().to(v.dtype) > 0, torch.nan, out)
+
+
+def gather(cache: Cache, b: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """K [n, Hkv, D], V [n, Hkv, Dv] of request b's cache positions [n], and which are mapped."""
+    inside = (positions >= 0) & (positions < cache.capacity)
+    safe = torch.where(inside, positions, 0)
+    if cache.block_table is None:
+        k, v, mapped = cache.k[b, safe], cache.v[b, safe], inside
+    else:
+        num_pages, page_size = cache.k.shape[:2]
+        page = cache.block_table[b].long()[safe // page_size]
+        mapped = inside & (page >= 0) & (page < num_pages)
+        page = torch.where(mapped, page, 0)
+        k, v = cache.k[page, safe % page_size], cache.v[page, safe % page_size]
+    return _scaled(k, cache.k_scale, b, dtype), _scaled(v, cache.v_scale, b, dtype), mapped
+
+
+def _scaled(x: Tensor, scale: Tensor | float, b: int, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    if isinstance(scale, Tensor):
+        return x * scale[b].to(dtype)[:, None]
+    return x if scale == 1.0 else x * scale
+
+
+def attend_cached(
+    q: Tensor,
+    cache: Cache,
+    k: Tensor | None,
+    v: Tensor | None,
+    context: Context,
+    local: Tensor,
+    valid: Tensor | None,
+    rows_at: Tensor,
+    *,
+    softmax_scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows in flight q [B, N, Hq, D] over their context and each other.
+
+    local bool [B|1, N, N]: row i sees row j. valid bool [B, N]: rows of a ragged batch. k, v None:
+    the rows' own K/V lie in the cache at rows_at[b] + j. Returns out [B, N, Hq, Dv], lse [B, Hq, N].
+    """
+    B, N, Hq, _ = q.shape
+    dtype = compute_dtype(q.dtype)
+    out = q.new_empty(B, N, Hq, cache.v.shape[-1])
+    lse = q.new_empty(B, Hq, N, dtype=dtype)
+    for b in range(B):
+        # context: cached K/V and which rows see them
+        on_cpu = q.device.type == "cpu"
+        n = int(context.stop[b].clamp(0, cache.capacity)) if on_cpu else cache.capacity
+        at = torch.arange(n, device=q.device)
+        k_context, v_context, mapped = gather(cache, b, at, dtype)
+        sees = (mapped & (at < context.stop[b])).expand(N, n)
+        if context.start is not None:
+            sees = sees & (at >= context.start[b])
+        if context.hole is not None and context.hole_end is not None:
+            sees = sees & ~((at >= context.hole[b]) & (at < context.hole_end[b]))
+        if context.lowest is not None:
+            sees = sees & (at >= context.lowest[b][:, None])
+        if context.highest is not None:
+            sees = sees & (at < context.highest[b][:, None])
+        # rows in flight: their own K/V and who sees whom
+        among = local[b if local.shape[0] > 1 else 0]
+        if k is None or v is None:
+            rows = rows_at[b] + torch.arange(N, device=q.device)
+            k_rows, v_rows, mapped = gather(cache, b, rows, dtype)
+            among = among & mapped
+        else:
+            k_rows, v_rows = k[b].to(dtype), v[b].to(dtype)
+        if valid is not None:
+            among = among & valid[b] & valid[b][:, None]
+            sees = sees & valid[b][:, None]
+        out_b, lse_b = attend(
+            q[b].to(dtype).transpose(0, 1),
+            torch.cat([k_context, k_rows]).transpose(0, 1),
+            torch.cat([v_context, v_rows]).transpose(0, 1),
+            torch.cat([sees, among], dim=1),
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        if valid is not None:  # rows past num_tokens see nothing, not even the sink
+            out_b = torch.where(valid[b][:, None], out_b, 0.0)
+            lse_b = torch.where(valid[b], lse_b, -torch.inf)
+        out[b] = out_b.transpose(0, 1).to(q.dtype)
+        lse[b] = lse_b
+    return out, lse
+
+
+# ---- masks and packed batches ---------------------------------------------------------------------
+
+
+def unpack_mask(mask: Tensor, n: int) -> Tensor:
+    """Packed int64 [..., N, ceil(n/64)] -> bool [..., N, n]: bit j of row i, little end first."""
+    j = torch.arange(n, device=mask.device)
+    return (mask[..., j // 64] >> (j % 64)) & 1 == 1
+
+
+def lengths_of(cu_seqlens: Tensor, width: int) -> Tensor:
+    """Lengths [B] of a packed batch, clipped to [0, width]."""
+    return (cu_seqlens[1:] - cu_seqlens[:-1]).long().clamp(0, width)
+
+
+def pad_packed(x: Tensor, cu_seqlens: Tensor, width: int) -> Tensor:
+    """[total, ...] -> [B, width, ...]; slots past a request's length repeat some row of the batch."""
+    at = cu_seqlens[:-1, None].long() + torch.arange(width, device=x.device)
+    if x.shape[0] == 0:
+        return x.new_zeros(at.shape[0], width, *x.shape[1:])
+    return x[at.clamp(0, x.shape[0] - 1)]
+
+
+def unpad_packed(x: Tensor, cu_seqlens: Tensor, total: int, fill: float) -> Tensor:
+    """[B, width, ...] -> [total, ...]; rows that belong to no request are ``fill``."""
+    B, width = x.shape[:2]
+    t = torch.arange(total, device=x.device)
+    b = torch.searchsorted(cu_seqlens.long(), t, right=True) - 1
+    inside = (b >= 0) & (b < B)
+    b = b.clamp(0, max(B - 1, 0))
+    if B == 0 or width == 0:
+        return x.new_full((total, *x.shape[2:]), fill)
+    i = t - cu_seqlens[b].long()
+    inside = inside & (i < width)
+    rows = x[b, i.clamp(0, width - 1)]
+    return torch.where(inside.view(total, *[1] * (x.dim() - 2)), rows, fill)

@@ -1,0 +1,18 @@
+"""Reads the schema's (number, tensor) pairs."""
+
+import torch
+from torch import Tensor
+
+
+def per_request(
+    number: float | int, tensor: Tensor | None, batch: int, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The pair as one value a request, [B], on the device of ``like``."""
+    if tensor is None:
+        return torch.full((batch,), number, dtype=dtype, device=like.device)
+    return tensor.to(dtype).expand(batch)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of accumulations: fp64 for fp64 inputs, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

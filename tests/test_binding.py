@@ -1,0 +1,103 @@
+"""What every op keeps: its schema, opcheck, torch.compile, autograd, and the backends' errors."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from examples import EXAMPLES
+from torch.utils import _pytree as pytree
+
+import pydecode
+from pydecode import binding
+from pydecode.schemas import OUT_OVERLOADS, SCHEMAS, argument_names
+
+
+def recorded(op: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, tuple[Any, ...]]:
+    """The registered op and the schema's arguments that the example's public call ends in."""
+    seen = []
+    original = binding.call
+
+    def record(op: Any, run: Any, *args: Any, **out: Any) -> Any:
+        seen.append((op, args))
+        return original(op, run, *args, **out)
+
+    function, args, kwargs = EXAMPLES[op]()
+    with monkeypatch.context() as patch:
+        patch.setattr(binding, "call", record)
+        function(*args, **kwargs)
+    return next((o, a) for o, a in seen if o.name() == f"pydecode::{op}")
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def test_every_schema_has_an_example() -> None:
+    assert set(EXAMPLES) == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_opcheck(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered, args = recorded(op, monkeypatch)
+    torch.library.opcheck(registered, args)
+
+
+@pytest.mark.parametrize("op", OUT_OVERLOADS)
+def test_opcheck_of_the_out_overload(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered, args = recorded(op, monkeypatch)
+    overload = getattr(torch.ops.pydecode, op).out
+    names = [a.name for a in overload._schema.arguments if a.kwarg_only]
+    results = [torch.empty_like(x) for x in registered(*args)]
+    overload(*args, **dict(zip(names, results)))
+    for got, want in zip(results, registered(*args)):
+        torch.testing.assert_close(got, want, equal_nan=True, rtol=0, atol=0)
+    torch.library.opcheck(overload, args, dict(zip(names, results)))
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_schema_names_are_the_backends_names(op: str) -> None:
+    module = __import__(f"pydecode.reference.{op}", fromlist=[op])
+    assert [*inspect.signature(getattr(module, op)).parameters, "backend"] == argument_names(op)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_compiles_as_one_graph(op: str) -> None:
+    function, args, kwargs = EXAMPLES[op]()
+    # a mutated argument must start equal in both calls
+    again = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+    want = function(*args, **kwargs)
+    compiled = torch.compile(
+        lambda args, kwargs: function(*args, **kwargs), fullgraph=True, backend="aot_eager"
+    )
+    got = compiled(*again)
+    for x, y in zip(tensors((got, again)), tensors((want, args, kwargs))):
+        torch.testing.assert_close(x, y, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_forward_only(op: str) -> None:
+    function, args, kwargs = EXAMPLES[op]()
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor,
+        lambda x: x.clone().requires_grad_() if x.is_floating_point() else x,
+        (args, kwargs),
+    )
+    assert not any(x.requires_grad for x in tensors(function(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_results_are_fresh(op: str) -> None:
+    function, args, kwargs = EXAMPLES[op]()
+    held = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs)) if x.numel()}
+    results = [x for x in tensors(function(*args, **kwargs)) if x.numel()]
+    assert not any(x.untyped_storage().data_ptr() in held for x in results)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_backends_run_or_raise(op: str) -> None:
+    function, args, kwargs = EXAMPLES[op]()
+    with pytest.raises(pydecode.BackendUnavailable, match=f"{op} has no 'cuda' backend"):
+        function(*args, **kwargs, backend="cuda")
+    with pytest.raises(ValueError, match="backend: expected None or one of"):
+        function(*args, **kwargs, backend="cudnn")
