@@ -1,11 +1,14 @@
 """Host-side checks and conversions that the attention ops share."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import binding
+from .reference.numbers import compute_dtype, per_request
 from .trees.masks import pack_bits
 from .validation import (
     FLOATS,
@@ -22,6 +25,7 @@ from .validation import (
     number,
 )
 
+Pair = tuple[int, Tensor | None]  # a number that a server changes, as the schemas have it
 MAX_ROWS = 1024  # rows in flight: one packed mask row is at most 16 words
 
 
@@ -46,21 +50,28 @@ def expect_query(q: Any) -> Tensor:
 
 
 def expect_cache(
-    q: Tensor, k_cache: Any, v_cache: Any, block_table: Any, B: int, Hq: int, D: int
+    q: Tensor,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    B: int,
+    Hq: int,
+    D: int,
+    names: tuple[str, str] = ("k_cache", "v_cache"),
 ) -> tuple[Tensor, Tensor, int, int, int]:
     """Checks the cache; returns it with Hkv, Dv and its capacity in positions."""
-    k_cache, v_cache = expect_tensor("k_cache", k_cache), expect_tensor("v_cache", v_cache)
+    k_cache, v_cache = expect_tensor(names[0], k_cache), expect_tensor(names[1], v_cache)
     paged = block_table is not None
     symbols = "[num_pages, page_size, Hkv, D]" if paged else "[B, S, Hkv, D]"
-    expect_dim("k_cache", k_cache, 4, symbols)
-    first, S, Hkv, Dk = k_cache.shape
-    expect_shape("k_cache", k_cache, (first if paged else B, S, Hkv, D), symbols)
-    expect_dim("v_cache", v_cache, 4, symbols.replace("D]", "Dv]"))
+    expect_dim(names[0], k_cache, 4, symbols)
+    first, S, Hkv, _ = k_cache.shape
+    expect_shape(names[0], k_cache, (first if paged else B, S, Hkv, D), symbols)
+    expect_dim(names[1], v_cache, 4, symbols.replace("D]", "Dv]"))
     Dv = v_cache.shape[-1]
-    expect_shape("v_cache", v_cache, (first, S, Hkv, Dv), symbols.replace("D]", "Dv]"))
+    expect_shape(names[1], v_cache, (first, S, Hkv, Dv), symbols.replace("D]", "Dv]"))
     if Hkv == 0 or Hq % Hkv:
         raise ValueError(f"q: expected Hq a multiple of Hkv = {Hkv}, got Hq = {Hq}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, x in zip(names, (k_cache, v_cache)):
         expect_dtype(name, x, (q.dtype, *FP8))
         expect_device(name, x, q.device)
         expect_last_contiguous(name, x)
@@ -86,19 +97,72 @@ def expect_rows(name: str, x: Any, q: Tensor, shape: tuple[int, ...], symbols: s
     return x
 
 
-def packed_sizes(q: Tensor, cu_seqlens_q: Any, max_seqlen_q: Any) -> tuple[int, int]:
-    """B and N of a packed batch: q [total, Hq, D], cu_seqlens_q [B+1]."""
-    expect_dim("q", q, 3, "[total, Hq, D] (packed, because cu_seqlens_q is given)")
-    cu_seqlens_q = expect_tensor("cu_seqlens_q", cu_seqlens_q)
-    expect_dim("cu_seqlens_q", cu_seqlens_q, 1, "[B+1]")
-    if cu_seqlens_q.shape[0] == 0:
-        raise ValueError("cu_seqlens_q: expected B+1 entries, got none")
-    expect_index("cu_seqlens_q", cu_seqlens_q, cu_seqlens_q.shape, "[B+1]", q.device)
-    if isinstance(max_seqlen_q, bool) or not isinstance(max_seqlen_q, int) or max_seqlen_q < 0:
-        raise ValueError(
-            f"max_seqlen_q: expected an int >= 0 with cu_seqlens_q, got {max_seqlen_q!r}"
-        )
-    return cu_seqlens_q.shape[0] - 1, max_seqlen_q
+def packed_sizes(
+    names: tuple[str, str, str], x: Tensor, cu_seqlens: Any, max_seqlen: Any
+) -> tuple[int, int]:
+    """B and the longest length of a packed batch: x [total, H, D], cu_seqlens [B+1]."""
+    name, cu_name, max_name = names
+    expect_dim(name, x, 3, f"[total, H, D] (packed, because {cu_name} is given)")
+    cu_seqlens = expect_tensor(cu_name, cu_seqlens)
+    expect_dim(cu_name, cu_seqlens, 1, "[B+1]")
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{cu_name}: expected B+1 entries, got none")
+    expect_index(cu_name, cu_seqlens, cu_seqlens.shape, "[B+1]", x.device)
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 0:
+        raise ValueError(f"{max_name}: expected an int >= 0 with {cu_name}, got {max_seqlen!r}")
+    return cu_seqlens.shape[0] - 1, max_seqlen
+
+
+class Rows(NamedTuple):
+    """Checked tensors of a call over a cache, and its sizes."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    sizes: Sizes
+
+
+def rows_over_cache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    block_table: Any,
+    cu_seqlens_q: Any = None,
+    max_seqlen_q: Any = None,
+) -> Rows:
+    """Checks q [B, N, Hq, D] (or packed), its rows' own k and v, and the cache that they see."""
+    q = expect_query(q)
+    total = None
+    if cu_seqlens_q is None:
+        expect_dim("q", q, 4, "[B, N, Hq, D]")
+        B, N = q.shape[:2]
+    else:
+        names = ("q", "cu_seqlens_q", "max_seqlen_q")
+        B, N = packed_sizes(names, q, cu_seqlens_q, max_seqlen_q)
+        total = q.shape[0]
+    expect_num_rows(N)
+    Hq, D = q.shape[-2:]
+    k_cache, v_cache, Hkv, Dv, capacity = expect_cache(q, k_cache, v_cache, block_table, B, Hq, D)
+    symbols = "[B, N," if total is None else "[total,"
+    k, v = own_rows(q, k, v, Hkv, Dv, symbols)
+    return Rows(q, k_cache, v_cache, k, v, Sizes(B, N, Hq, Hkv, D, Dv, capacity, total))
+
+
+def own_rows(
+    q: Tensor, k: Any, v: Any, Hkv: int, Dv: int, symbols: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """k and v of the rows in flight, both or neither."""
+    if (k is None) != (v is None):
+        raise ValueError("k, v: expected both or neither, got one of them")
+    if k is None:
+        return None, None
+    rows = q.shape[:-2]
+    k = expect_rows("k", k, q, (*rows, Hkv, q.shape[-1]), f"{symbols} Hkv, D]")
+    return k, expect_rows("v", v, q, (*rows, Hkv, Dv), f"{symbols} Hkv, Dv]")
 
 
 def expect_num_rows(N: int) -> None:
@@ -132,6 +196,8 @@ def packed_mask(mask: Any, sizes: Sizes, device: torch.device) -> tuple[Tensor |
 def softmax_scale_of(softmax_scale: Any, D: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(D) if D else 1.0
+    if isinstance(softmax_scale, Tensor):
+        raise TypeError("softmax_scale: expected a number, got a tensor")
     return float(number("softmax_scale", softmax_scale, None, torch.device("cpu"))[0])
 
 
@@ -180,12 +246,77 @@ def cache_scale(
 
 
 def lengths(
-    name: str, value: Any, B: int, device: torch.device, default: int
-) -> tuple[int, Tensor | None]:
-    """A length (or start, or count) as the schema's pair; None is ``default``."""
+    name: str,
+    value: Any,
+    B: int,
+    device: torch.device,
+    default: int,
+    high: int,
+    low: int = 0,
+) -> Pair:
+    """A length (or start, or count) as the schema's pair; None is ``default``.
+
+    A Python number is known on the host, so one outside [low, high] is an error; a tensor's entry
+    outside them is bad device data, which is harmless.
+    """
     if value is None:
         return default, None
-    return number(name, value, B, device, kind=int)
+    pair = number(name, value, B, device, kind=int)
+    if pair[1] is None and not low <= pair[0] <= high:
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {pair[0]}")
+    return pair
+
+
+def block_place(
+    cache_seqlens: Any, replace_at: Any, cache_starts: Any, sizes: Sizes, device: torch.device
+) -> tuple[Pair, Pair, Pair]:
+    """Where a block lies in its cache: the pairs of cache_seqlens, replace_at and cache_starts."""
+    B, capacity = sizes.B, sizes.capacity
+    return (
+        lengths("cache_seqlens", cache_seqlens, B, device, default=capacity, high=capacity),
+        lengths("replace_at", replace_at, B, device, default=-1, high=capacity, low=-1),
+        lengths("cache_starts", cache_starts, B, device, default=0, high=capacity),
+    )
+
+
+def causal_of(causal: Any, B: int, device: torch.device) -> tuple[bool, Tensor | None]:
+    """``causal`` as the schema's pair: None and bool, or bool 0-d or [B]."""
+    if causal is None or isinstance(causal, bool):
+        return bool(causal), None
+    causal = expect_tensor("causal", causal)
+    expect_dtype("causal", causal, (torch.bool,))
+    if causal.dim():
+        expect_shape("causal", causal, (B,), "[B]")
+    expect_device("causal", causal, device)
+    return False, causal
+
+
+def tail(
+    sizes: Sizes,
+    device: torch.device,
+    num_tokens: Any,
+    positions: Tensor | None,
+    softmax_scale: Any,
+    softcap: Any,
+    window_size: Any,
+    sinks: Any,
+    k_scale: Any,
+    v_scale: Any,
+) -> tuple[Any, ...]:
+    """The arguments that every attention op's schema has in this order, num_tokens to v_scale."""
+    if sizes.total is not None and num_tokens is not None:
+        raise ValueError("num_tokens: expected None with cu_seqlens_q, which has the lengths")
+    expect_sinks(sinks, sizes.Hq, device)
+    return (
+        *lengths("num_tokens", num_tokens, sizes.B, device, sizes.N, sizes.N),
+        positions,
+        softmax_scale_of(softmax_scale, sizes.D),
+        softcap_of(softcap),
+        window_of(window_size),
+        sinks,
+        *cache_scale("k_scale", k_scale, sizes.B, sizes.Hkv, device),
+        *cache_scale("v_scale", v_scale, sizes.B, sizes.Hkv, device),
+    )
 
 
 def expect_positions(positions: Any, sizes: Sizes, device: torch.device) -> None:
@@ -196,47 +327,100 @@ def expect_positions(positions: Any, sizes: Sizes, device: torch.device) -> None
             expect_index("positions", positions, (sizes.B, sizes.N), "[B, N]", device)
 
 
-def outputs(q: Tensor, sizes: Sizes, out: Any, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """The result tensors of an out= call: ``out`` as given, lse fresh (size 0 if not asked for)."""
-    out = expect_tensor("out", out)
-    packed = sizes.total is not None
-    expect_shape("out", out, (*q.shape[:-1], sizes.Dv), "q's shape with Dv")
-    expect_dtype("out", out, (q.dtype,))
-    expect_device("out", out, q.device)
-    shape = (sizes.Hq, sizes.total) if packed else (sizes.B, sizes.Hq, sizes.N)
-    return out, new_lse(q, shape if return_lse else (0,))
-
-
-def new_lse(q: Tensor, shape: Any) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(shape, dtype=dtype)
+# ---- results ------------------------------------------------------------------------------------
 
 
 def fake_outputs(q: Tensor, Dv: int, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """Fake (out, lse) of an attention op: q [B, N, Hq, D], or packed [total, Hq, D]."""
-    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty((*q.shape[:-1], Dv)), new_lse(q, shape if return_lse else (0,))
+    """Empty (out, lse): q [..., rows, Hq, D] gives out [..., rows, Hq, Dv], lse [..., Hq, rows]."""
+    shape = (*q.shape[:-3], q.shape[-2], q.shape[-3]) if return_lse else (0,)
+    return q.new_empty((*q.shape[:-1], Dv)), q.new_empty(shape, dtype=compute_dtype(q.dtype))
+
+
+def deliver(
+    op: Any,
+    op_out: Any,
+    run: Callable[..., tuple[Tensor, Tensor]],
+    args: tuple[Any, ...],
+    Dv: int,
+    out: Any,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Ends an attention op: calls it, into ``out`` where that is given."""
+    q = args[0]
+    if out is None:
+        result, lse = binding.call(op, run, *args)
+    else:
+        result = expect_tensor("out", out)
+        expect_shape("out", result, (*q.shape[:-1], Dv), "q's shape with Dv")
+        expect_dtype("out", result, (q.dtype,))
+        expect_device("out", result, q.device)
+        expect_last_contiguous("out", result)
+        lse = fake_outputs(q, Dv, return_lse)[1]
+        binding.call(op_out, run_into(run), *args, out=result, lse=lse)
+    return (result, lse) if return_lse else result
+
+
+def run_into(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., None]:
+    """``<op>.out`` of a ``run`` that makes its results afresh."""
+
+    def run_out(*args: Any, out: Tensor, lse: Tensor) -> None:
+        results = run(*args)
+        out.copy_(results[0])
+        lse.copy_(results[1])
+
+    return run_out
+
+
+# ---- device data (synchronising, only when checking()) ------------------------------------------
 
 
 def check_context_data(
-    cache_seqlens: Tensor | None,
-    capacity: int,
+    rows: Rows,
     block_table: Tensor | None,
-    num_pages: int,
-    page_size: int,
+    num_tokens: Pair,
+    cache_seqlens: Pair,
+    replace_at: Pair = (-1, None),
+    cache_starts: Pair = (0, None),
+    cu_seqlens_q: Tensor | None = None,
 ) -> None:
-    """``pydecode.checks(True)``: lengths within the cache, page ids within the pool."""
-    if cache_seqlens is None:
-        return
-    data_range("cache_seqlens", cache_seqlens, 0, capacity + 1)
+    """Lengths, starts and counts within the cache and the rows, used page ids within the pool."""
+    N, capacity = rows.sizes.N, rows.sizes.capacity
+    batch = (rows.sizes.B, rows.q)
+    length = check_lengths("cache_seqlens", cache_seqlens, *batch, capacity)
+    count = check_lengths("num_tokens", num_tokens, *batch, N)
+    hole = check_lengths("replace_at", replace_at, *batch, capacity, low=-1)
+    check_lengths("cache_starts", cache_starts, *batch, capacity)
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, rows.q.shape[0], N)
+    if cu_seqlens_q is not None:
+        count = cu_seqlens_q.diff().long()
+    end = length
+    if rows.k is None:
+        start = torch.where(hole >= 0, hole, length)
+        name = "cache_seqlens" if replace_at == (-1, None) else "replace_at"
+        what = f"expected room for the rows in flight below the cache's end {capacity}"
+        data_at_most(name, start, capacity - count, what)
+        end = torch.maximum(length, start + count)
+    check_table(block_table, end, *rows.k_cache.shape[:2])
+
+
+def check_lengths(name: str, pair: Pair, B: int, like: Tensor, high: int, low: int = 0) -> Tensor:
+    """The pair as [B], every entry in [low, high]."""
+    value = per_request(*pair, B, like, torch.int64)
+    data_range(name, value, low, high + 1)
+    return value
+
+
+def check_table(block_table: Tensor | None, length: Tensor, num_pages: int, page_size: int) -> None:
+    """Page ids below each length lie in the pool."""
     if block_table is not None and block_table.numel():
         first = torch.arange(block_table.shape[1], device=block_table.device) * page_size
-        used = first < cache_seqlens.expand(block_table.shape[0])[:, None]
-        data_range("block_table", block_table, 0, num_pages, used)
+        data_range("block_table", block_table, 0, num_pages, first < length[:, None])
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, total: int) -> None:
-    """``pydecode.checks(True)``: monotone from 0 to total."""
-    if cu_seqlens is not None:
-        data_range(name, cu_seqlens, 0, total + 1)
-        data_at_most(name, cu_seqlens[:-1] - cu_seqlens[1:], 0, "expected no descent")
+def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, total: int, longest: int) -> None:
+    """Monotone within [0, total], no request longer than the static maximum."""
+    if cu_seqlens is None:
+        return
+    data_range(name, cu_seqlens, 0, total + 1)
+    data_at_most(name, -cu_seqlens.diff(), 0, "expected no descent")
+    data_at_most(name, cu_seqlens.diff(), longest, f"expected lengths of at most {longest}")

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import attention_arguments as arguments
 from . import binding
 from .backends import choose, unavailable
 from .reference import tree_attention as reference
-from .validation import checking, expect_dim
+from .validation import checking
 
 
 def tree_attention(
@@ -85,57 +84,30 @@ def tree_attention(
     >>> out.shape
     torch.Size([1, 3, 4, 16])
     """
-    q = arguments.expect_query(q)
-    total = None
-    if cu_seqlens_q is None:
-        expect_dim("q", q, 4, "[B, N, Hq, D]")
-        B, N = q.shape[:2]
-    else:
-        B, N = arguments.packed_sizes(q, cu_seqlens_q, max_seqlen_q)
-        total = q.shape[0]
-    Hq, D = q.shape[-2:]
-    arguments.expect_num_rows(N)
-    k_cache, v_cache, Hkv, Dv, capacity = arguments.expect_cache(
-        q, k_cache, v_cache, block_table, B, Hq, D
+    rows = arguments.rows_over_cache(
+        q, k_cache, v_cache, k, v, block_table, cu_seqlens_q, max_seqlen_q
     )
-    sizes = arguments.Sizes(B, N, Hq, Hkv, D, Dv, capacity, total)
-    if (k is None) != (v is None):
-        raise ValueError("k, v: expected both or neither, got one of them")
-    if k is not None:
-        rows = "[total," if total is not None else "[B, N,"
-        k = arguments.expect_rows("k", k, q, (*q.shape[:-2], Hkv, D), f"{rows} Hkv, D]")
-        v = arguments.expect_rows("v", v, q, (*q.shape[:-2], Hkv, Dv), f"{rows} Hkv, Dv]")
-    elif cache_seqlens is None:
+    q, k_cache, v_cache, k, v, sizes = rows
+    if k is None and cache_seqlens is None:
         raise ValueError("cache_seqlens: expected lengths when k and v are None, got None")
     packed, causal = arguments.packed_mask(mask, sizes, q.device)
     arguments.expect_positions(positions, sizes, q.device)
-    arguments.expect_sinks(sinks, Hq, q.device)
-    if total is not None and num_tokens is not None:
-        raise ValueError("num_tokens: expected None with cu_seqlens_q, which has the lengths")
-    length = arguments.lengths("cache_seqlens", cache_seqlens, B, q.device, capacity)
-    if checking():
-        pages, page_size = k_cache.shape[:2]
-        arguments.check_context_data(length[1], capacity, block_table, pages, page_size)
-        arguments.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    args = (
-        *(q, k_cache, v_cache, k, v, packed, causal, *length, block_table),
-        *arguments.lengths("num_tokens", num_tokens, B, q.device, N),
-        positions,
-        arguments.softmax_scale_of(softmax_scale, D),
-        arguments.softcap_of(softcap),
-        arguments.window_of(window_size),
-        sinks,
-        *arguments.cache_scale("k_scale", k_scale, B, Hkv, q.device),
-        *arguments.cache_scale("v_scale", v_scale, B, Hkv, q.device),
-        *(cu_seqlens_q, max_seqlen_q or 0, return_lse),
-        choose("tree_attention", backend),
+    length = arguments.lengths(
+        *("cache_seqlens", cache_seqlens, sizes.B, q.device),
+        default=sizes.capacity,
+        high=sizes.capacity,
     )
-    if out is None:
-        result, lse = binding.call(_op, _run, *args)
-    else:
-        result, lse = arguments.outputs(q, sizes, out, return_lse)
-        binding.call(_op_out, _run_out, *args, out=result, lse=lse)
-    return (result, lse) if return_lse else result
+    tail = arguments.tail(
+        *(sizes, q.device, num_tokens, positions, softmax_scale, softcap, window_size, sinks),
+        *(k_scale, v_scale),
+    )
+    if checking():
+        arguments.check_context_data(rows, block_table, tail[:2], length, cu_seqlens_q=cu_seqlens_q)
+    args = (
+        *(q, k_cache, v_cache, k, v, packed, causal, *length, block_table, *tail),
+        *(cu_seqlens_q, max_seqlen_q or 0, return_lse, choose("tree_attention", backend)),
+    )
+    return arguments.deliver(_op, _op_out, _run, args, sizes.Dv, out, return_lse)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
@@ -145,15 +117,9 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     raise unavailable("tree_attention", backend)
 
 
-def _run_out(*args: Any, out: Tensor, lse: Tensor) -> None:
-    result = _run(*args)
-    out.copy_(result[0])
-    lse.copy_(result[1])
-
-
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return arguments.fake_outputs(q, v_cache.shape[-1], return_lse=args[-2])
 
 
 _op = binding.bind("tree_attention", _run, _fake)
-_op_out = binding.bind_out("tree_attention", _run_out)
+_op_out = binding.bind_out("tree_attention", arguments.run_into(_run))

@@ -5,7 +5,7 @@ synchronises: on a CUDA device the table's capacity bounds the context and the m
 on the CPU the length is free to read, so only the context itself is touched.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ class Context(NamedTuple):
     hole: Tensor | None = None  # [B]
     hole_end: Tensor | None = None  # [B]
     lowest: Tensor | None = None  # [B, N], a window: the lowest position that row i sees
-    highest: Tensor | None = None  # [B, N], row i sees positions below this one only
 
 
 class Cache(NamedTuple):
@@ -47,6 +46,27 @@ def scale_argument(
     return number if tensor is None else tensor.float().expand(batch, num_kv_heads)
 
 
+def cache_of(
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    batch: int,
+    k_scale: float,
+    k_scale_tensor: Tensor | None,
+    v_scale: float,
+    v_scale_tensor: Tensor | None,
+) -> Cache:
+    """The cache of a call from the schema's arguments."""
+    Hkv = k.shape[2]
+    return Cache(
+        k,
+        v,
+        block_table,
+        scale_argument(k_scale, k_scale_tensor, batch, Hkv),
+        scale_argument(v_scale, v_scale_tensor, batch, Hkv),
+    )
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -59,7 +79,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T) v of one request under an explicit mask.
 
-    q [Hq, N, D], k [Hkv, S, D], v [Hkv, S, Dv], visible bool [N, S] -> out [Hq, N, Dv], lse [Hq, N].
+    q [Hq, N, D], k [Hkv, S, D], v [Hkv, S, Dv], visible bool [N, S] -> out [Hq, N, Dv],
+    lse [Hq, N].
     """
     Hq, N, D = q.shape
     Hkv, S, Dv = v.shape
@@ -87,7 +108,7 @@ def attend(
 
 
 def _weigh_selected(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """p @ v where an invisible NaN or Inf of v counts as absent: it is selected away, not times 0."""
+    """p @ v where an invisible NaN or Inf of v counts as absent: selected away, not times 0."""
     out = p @ torch.where(v.isfinite(), v, 0.0)
     seen = visible.to(v.dtype)
     for bad, value in ((v == torch.inf, torch.inf), (v == -torch.inf, -torch.inf)):
@@ -99,6 +120,10 @@ def gather(cache: Cache, b: int, positions: Tensor, dtype: torch.dtype) -> tuple
     """K [n, Hkv, D], V [n, Hkv, Dv] of request b's cache positions [n], and which are mapped."""
     inside = (positions >= 0) & (positions < cache.capacity)
     safe = torch.where(inside, positions, 0)
+    if cache.capacity == 0 or cache.k.shape[0] == 0:  # nothing to index
+        shape = (positions.shape[0], cache.k.shape[2])
+        k = cache.k.new_zeros(*shape, cache.k.shape[3], dtype=dtype)
+        return k, k.new_zeros(*shape, cache.v.shape[3]), torch.zeros_like(inside)
     if cache.block_table is None:
         k, v, mapped = cache.k[b, safe], cache.v[b, safe], inside
     else:
@@ -133,41 +158,43 @@ def attend_cached(
 ) -> tuple[Tensor, Tensor]:
     """Rows in flight q [B, N, Hq, D] over their context and each other.
 
-    local bool [B|1, N, N]: row i sees row j. valid bool [B, N]: rows of a ragged batch. k, v None:
-    the rows' own K/V lie in the cache at rows_at[b] + j. Returns out [B, N, Hq, Dv], lse [B, Hq, N].
+    local bool [B|1, N, N]: row i sees row j. valid bool [B, N]: rows of a ragged batch; the others
+    see nothing, not even a sink. k, v None: the rows' own K/V lie in the cache at rows_at[b] + j.
+    Returns out [B, N, Hq, Dv], lse [B, Hq, N].
     """
     B, N, Hq, _ = q.shape
     dtype = compute_dtype(q.dtype)
-    out = q.new_empty(B, N, Hq, cache.v.shape[-1])
-    lse = q.new_empty(B, Hq, N, dtype=dtype)
+    out = q.new_zeros(B, N, Hq, cache.v.shape[-1])
+    lse = q.new_full((B, Hq, N), -torch.inf, dtype=dtype)
+    on_cpu = q.device.type == "cpu"
+    i = torch.arange(N, device=q.device)
     for b in range(B):
-        # context: cached K/V and which rows see them
-        on_cpu = q.device.type == "cpu"
         n = int(context.stop[b].clamp(0, cache.capacity)) if on_cpu else cache.capacity
+        m = N  # rows; so on the CPU a ragged request is computed as if it were alone
+        if on_cpu and valid is not None and N:
+            m = int(torch.where(valid[b], i + 1, 0).max())
+        # context: cached K/V and which rows see them
         at = torch.arange(n, device=q.device)
         k_context, v_context, mapped = gather(cache, b, at, dtype)
-        sees = (mapped & (at < context.stop[b])).expand(N, n)
+        sees = (mapped & (at < context.stop[b])).expand(m, n)
         if context.start is not None:
             sees = sees & (at >= context.start[b])
         if context.hole is not None and context.hole_end is not None:
             sees = sees & ~((at >= context.hole[b]) & (at < context.hole_end[b]))
         if context.lowest is not None:
-            sees = sees & (at >= context.lowest[b][:, None])
-        if context.highest is not None:
-            sees = sees & (at < context.highest[b][:, None])
+            sees = sees & (at >= context.lowest[b, :m, None])
         # rows in flight: their own K/V and who sees whom
-        among = local[b if local.shape[0] > 1 else 0]
+        among = local[b if local.shape[0] > 1 else 0, :m, :m]
         if k is None or v is None:
-            rows = rows_at[b] + torch.arange(N, device=q.device)
-            k_rows, v_rows, mapped = gather(cache, b, rows, dtype)
+            k_rows, v_rows, mapped = gather(cache, b, rows_at[b] + i[:m], dtype)
             among = among & mapped
         else:
-            k_rows, v_rows = k[b].to(dtype), v[b].to(dtype)
+            k_rows, v_rows = k[b, :m].to(dtype), v[b, :m].to(dtype)
         if valid is not None:
-            among = among & valid[b] & valid[b][:, None]
-            sees = sees & valid[b][:, None]
+            among = among & valid[b, :m] & valid[b, :m, None]
+            sees = sees & valid[b, :m, None]
         out_b, lse_b = attend(
-            q[b].to(dtype).transpose(0, 1),
+            q[b, :m].to(dtype).transpose(0, 1),
             torch.cat([k_context, k_rows]).transpose(0, 1),
             torch.cat([v_context, v_rows]).transpose(0, 1),
             torch.cat([sees, among], dim=1),
@@ -175,15 +202,15 @@ def attend_cached(
             softcap=softcap,
             sinks=sinks,
         )
-        if valid is not None:  # rows past num_tokens see nothing, not even the sink
-            out_b = torch.where(valid[b][:, None], out_b, 0.0)
-            lse_b = torch.where(valid[b], lse_b, -torch.inf)
-        out[b] = out_b.transpose(0, 1).to(q.dtype)
-        lse[b] = lse_b
+        if valid is not None:
+            out_b = torch.where(valid[b, :m, None], out_b, 0.0)
+            lse_b = torch.where(valid[b, :m], lse_b, -torch.inf)
+        out[b, :m] = out_b.transpose(0, 1).to(q.dtype)
+        lse[b, :, :m] = lse_b
     return out, lse
 
 
-# ---- masks and packed batches ---------------------------------------------------------------------
+# ---- masks and packed batches -------------------------------------------------------------------
 
 
 def unpack_mask(mask: Tensor, n: int) -> Tensor:
@@ -192,29 +219,60 @@ def unpack_mask(mask: Tensor, n: int) -> Tensor:
     return (mask[..., j // 64] >> (j % 64)) & 1 == 1
 
 
-def lengths_of(cu_seqlens: Tensor, width: int) -> Tensor:
-    """Lengths [B] of a packed batch, clipped to [0, width]."""
-    return (cu_seqlens[1:] - cu_seqlens[:-1]).long().clamp(0, width)
+def local_mask(mask: Tensor | None, causal: Tensor, n: int) -> Tensor:
+    """Who sees whom among n rows, [B|1, n, n]: a packed mask, else all, or for causal the past."""
+    if mask is not None:
+        return unpack_mask(mask, n)
+    i = torch.arange(n, device=causal.device)
+    return ~causal.view(-1, 1, 1) | (i[:, None] >= i)
 
 
-def pad_packed(x: Tensor, cu_seqlens: Tensor, width: int) -> Tensor:
-    """[total, ...] -> [B, width, ...]; slots past a request's length repeat some row of the batch."""
-    at = cu_seqlens[:-1, None].long() + torch.arange(width, device=x.device)
-    if x.shape[0] == 0:
-        return x.new_zeros(at.shape[0], width, *x.shape[1:])
-    return x[at.clamp(0, x.shape[0] - 1)]
+def pad_packed(cu_seqlens: Tensor | None, width: int, *tensors: Tensor | None) -> list[Any]:
+    """[total, ...] -> [B, width, ...]; slots past a request's length repeat some row of the batch.
+
+    Without cu_seqlens nothing is packed, and the tensors return as they are.
+    """
+    if cu_seqlens is None:
+        return list(tensors)
+    at = cu_seqlens[:-1, None].long() + torch.arange(width, device=cu_seqlens.device)
+
+    def pad(x: Tensor | None) -> Tensor | None:
+        if x is None or x.shape[0] == 0:
+            return None if x is None else x.new_zeros(*at.shape, *x.shape[1:])
+        return x[at.clamp(0, x.shape[0] - 1)]
+
+    return [pad(x) for x in tensors]
 
 
-def unpad_packed(x: Tensor, cu_seqlens: Tensor, total: int, fill: float) -> Tensor:
-    """[B, width, ...] -> [total, ...]; rows that belong to no request are ``fill``."""
-    B, width = x.shape[:2]
-    t = torch.arange(total, device=x.device)
-    b = torch.searchsorted(cu_seqlens.long(), t, right=True) - 1
-    inside = (b >= 0) & (b < B)
-    b = b.clamp(0, max(B - 1, 0))
-    if B == 0 or width == 0:
-        return x.new_full((total, *x.shape[2:]), fill)
-    i = t - cu_seqlens[b].long()
-    inside = inside & (i < width)
-    rows = x[b, i.clamp(0, width - 1)]
-    return torch.where(inside.view(total, *[1] * (x.dim() - 2)), rows, fill)
+def lengths_of(cu_seqlens: Tensor, total: int, width: int) -> Tensor:
+    """Lengths [B] of a packed batch, at most ``width``; 0 for a request not within [0, total]."""
+    first, last = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    inside = (first >= 0) & (first <= last) & (last <= total)
+    return torch.where(inside, (last - first).clamp(max=width), 0)
+
+
+def unpad_packed(
+    cu_seqlens: Tensor | None, total: int, return_lse: bool, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Results of the padded batch, out [B, width, Hq, Dv] and lse [B, Hq, width], packed again.
+
+    A row that belongs to no request (the first one, should two overlap) gives 0 and -inf.
+    """
+    if not return_lse:
+        lse = lse.new_empty(0)
+    if cu_seqlens is None:
+        return out, lse
+    B, width, Hq = out.shape[:3]
+    if B == 0 or width == 0 or total == 0:
+        out = out.new_zeros(total, *out.shape[2:])
+        return out, lse.new_full((Hq, total), -torch.inf) if return_lse else lse
+    first = cu_seqlens[:-1].long()
+    t = torch.arange(total, device=out.device)[:, None]
+    mine = (t >= first) & (t < first + lengths_of(cu_seqlens, total, width))  # [total, B]
+    b = mine.to(torch.uint8).argmax(-1)
+    owned = mine.any(-1)
+    i = torch.where(owned, t[:, 0] - first[b], 0)
+    out = torch.where(owned[:, None, None], out[b, i], 0.0)
+    if return_lse:
+        lse = torch.where(owned, lse.transpose(1, 2)[b, i].T, -torch.inf).contiguous()
+    return out, lse

@@ -1,0 +1,1 @@
+"""What ``pydecode demo`` shows: two real trained models, decoded in parallel."""

@@ -1,0 +1,281 @@
+"""``unmask``: what is read from which row, windows, shifts and exclusions, against plain loops."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from commit_rules_oracle import RULES, commits
+from torch import Tensor
+
+import pydecode
+
+MASK, V, L = 6, 10, 8
+INF = float("inf")
+
+
+def pool_rows(*shape: int) -> Tensor:
+    """Rows of a few kinds, so that confidences either tie exactly or are far apart."""
+    kinds = torch.randn(5, V, dtype=torch.float64) * 2
+    kinds[0, MASK] = kinds[1, MASK] = 9.0  # the argmax is the mask
+    kinds[2, 3] = kinds[2, 5] = 4.0  # a tie
+    return kinds[torch.randint(0, 5, shape)]
+
+
+def score(row: Tensor, excluded: list[int], entropy: bool) -> tuple[int, float]:
+    """Token and confidence of a row by a loop in fp64; (-1, nan) where nothing can be chosen."""
+    x = [-INF if v in excluded else value for v, value in enumerate(row.tolist())]
+    if any(value != value for value in x) or max(x) == -INF:
+        return -1, math.nan
+    token = x.index(max(x))
+    weights = [math.exp(value - max(x)) for value in x]
+    p = [w / math.fsum(weights) for w in weights]
+    return token, math.fsum(q * math.log(q) for q in p if q > 0) if entropy else p[token]
+
+
+def expected(
+    tokens: Tensor,
+    row_at: Any,
+    rule: str,
+    start: Tensor,
+    length: int,
+    excluded: list[int],
+    **numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New tokens, masks left in the window, confidence; row_at(b, i) is i's row."""
+    out, left = tokens.clone(), torch.zeros(tokens.shape[0], dtype=torch.int32)
+    confidence = torch.full(tokens.shape, -INF, dtype=torch.float64)
+    for b in range(tokens.shape[0]):
+        masked = [
+            bool(tokens[b, i] == MASK and start[b] <= i < start[b] + length) for i in range(L)
+        ]
+        scored = [
+            score(row_at(b, i), excluded, rule.startswith("entropy")) if masked[i] else (-1, -INF)
+            for i in range(L)
+        ]
+        chosen = commits(rule, [c for _, c in scored], masked, **numbers)
+        for i in range(L):
+            if chosen[i]:
+                out[b, i] = scored[i][0]
+            confidence[b, i] = -INF if math.isnan(scored[i][1]) else scored[i][1]
+        left[b] = sum(masked) - sum(chosen)
+    return out, left, confidence
+
+
+def check(got: pydecode.Unmasked, tokens: Tensor, want: tuple[Tensor, Tensor, Tensor]) -> None:
+    assert torch.equal(got.tokens, want[0])
+    assert torch.equal(got.committed, want[0] != tokens)
+    assert torch.equal(got.num_committed, got.committed.sum(-1).int())
+    assert torch.equal(got.num_left, want[1])
+    torch.testing.assert_close(got.confidence, want[2], rtol=1e-12, atol=1e-12)
+
+
+def masked_batch(B: int) -> Tensor:
+    tokens = torch.where(torch.rand(B, L) < torch.rand(B, 1) * 1.3, MASK, torch.zeros(B, L).long())
+    tokens[0], tokens[1] = MASK, 0
+    return tokens
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r not in ("posterior", "external")])
+@pytest.mark.parametrize("form", ["whole", "shifted", "window", "shifted window", "one earlier"])
+@pytest.mark.parametrize("length", [None, 0, 3, 7, 8, 20])
+def test_rows_windows_and_shifts(rule: str, form: str, length: int | None, backend: str) -> None:
+    B, size = 6, L if length is None else length
+    tokens = masked_batch(B)
+    start = torch.zeros(B).long() if length is None else torch.tensor([0, 2, 5, -2, 7, 1])
+    shift = int(form not in ("whole", "window"))
+    earlier = form == "one earlier"
+    if ("window" in form or earlier) and length is None:
+        pytest.skip("a window's rows need a window")
+    rows = {"window": size, "shifted window": size, "one earlier": size + 1}.get(form, L)
+    logits = pool_rows(B, rows)
+    logits[2, : rows // 2] = torch.nan
+    logits[3, : rows // 2, torch.arange(V) != MASK] = -INF  # nothing but the mask is left
+
+    def row_at(b: int, i: int) -> Tensor:
+        first = 0 if rows == L else int(start[b])  # L rows are always the whole
+        own = i - first - (shift if rows == L or not earlier else 0)
+        return logits[b, max(own, 0)]
+
+    numbers = dict(threshold=0.55, k=2, low=0.3, slack=1e-5, factor=1.2)
+    if rule.startswith("entropy"):
+        numbers["threshold"] = 1.0
+    got = pydecode.unmask(
+        tokens,
+        logits,
+        mask_id=MASK,
+        rule=rule,
+        shift=shift,
+        window=None if length is None else (start, size),
+        exclude_ids=1,
+        backend=backend,
+        **numbers,
+    )
+    check(got, tokens, expected(tokens, row_at, rule, start, size, [1, MASK], **numbers))
+    if length is None:
+        assert not got.committed[1].any()
+
+
+def test_shift_is_the_peers_copy(backend: str) -> None:
+    """Dream's ``cat([logits[:, :1], logits[:, :-1]], 1)``, and the same rows as windows."""
+    tokens, logits = masked_batch(5), torch.randn(5, L, V)
+    copied = torch.cat([logits[:, :1], logits[:, :-1]], 1)
+    call = dict(mask_id=MASK, rule="threshold", threshold=0.3, backend=backend)
+    drawn = dict(call, temperature=0.9, seed=torch.arange(5))
+    for given in (call, drawn):
+        whole = pydecode.unmask(tokens, logits, shift=1, **given)
+        for got, want in zip(whole, pydecode.unmask(tokens, copied, **given)):
+            assert torch.equal(got, want)
+        # the window's rows: one earlier is exact, its own first row is Fast-dLLM's approximation
+        want = pydecode.unmask(tokens, logits, shift=1, window=(2, 4), **given)
+        for start in (2, torch.tensor(2), torch.full((5,), 2)):
+            got = pydecode.unmask(tokens, logits[:, 1:6], shift=1, window=(start, 4), **given)
+            assert all(torch.equal(x, y) for x, y in zip(got, want))
+        rows = torch.cat([copied[:, :2], logits[:, 2:3], copied[:, 3:]], 1)
+        want = pydecode.unmask(tokens, rows, window=(2, 4), **given)
+        got = pydecode.unmask(tokens, logits[:, 2:6], shift=1, window=(2, 4), **given)
+        assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
+def test_tokens_and_confidence_are_sample_and_scores(backend: str) -> None:
+    """Every sampling argument reaches the rows of its own position."""
+    B = 4
+    tokens, logits = torch.full((B, L), MASK), torch.randn(B, L, V)
+    words = torch.randint(0, 1 << V, (B, L, 1), dtype=torch.int32) | 0b101
+    sampling = dict(
+        temperature=torch.tensor([0.0, 0.5, 1.0, 2.0]),
+        top_k=torch.tensor([0, 5, 3, 4]),
+        top_p=0.95,
+        min_p=torch.tensor(0.05),
+        confidence="margin",
+        tempered=True,
+        allowed=words,
+        seed=torch.tensor([3, 1, 4, 1]),
+        offset=9,
+        positions=torch.randint(0, 99, (B, L)),
+        backend=backend,
+    )
+    for extra in (dict(sampler="gumbel"), dict(uniforms=torch.rand(B, L)), dict()):
+        ids = torch.tensor([[1], [-1], [3], [4]])
+        want = pydecode.sample_and_score(
+            logits, exclude_ids=torch.cat([ids, torch.full((B, 1), MASK)], 1), **sampling, **extra
+        )
+        start = torch.tensor([1, 2, 3, 6])
+        got = pydecode.unmask(
+            tokens,
+            logits,
+            mask_id=MASK,
+            k=4,
+            window=(start, 4),
+            exclude_ids=ids,
+            **sampling,
+            **extra,
+        )
+        inside = (torch.arange(L) >= start[:, None]) & (torch.arange(L) < start[:, None] + 4)
+        assert torch.equal(got.committed, inside & (want.tokens >= 0))
+        assert torch.equal(got.tokens[got.committed], want.tokens[got.committed])
+        assert torch.equal(got.confidence[inside], want.confidence[inside])
+        assert (got.confidence[~inside] == -INF).all()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_out(in_place: bool, compiled: bool, backend: str) -> None:
+    tokens, logits = masked_batch(6), torch.randn(6, L, V)
+    given = dict(mask_id=MASK, rule="top_k", k=2, confidence="margin", backend=backend)
+    want = pydecode.unmask(tokens, logits, **given)
+
+    def call(tokens: Tensor, out: Tensor) -> pydecode.Unmasked:
+        return pydecode.unmask(tokens, logits, out=out, **given)
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    held = tokens.clone()
+    out = held if in_place else torch.empty_like(tokens)
+    got = function(held, out)
+    assert got.tokens is out or compiled
+    assert torch.equal(out, want.tokens)
+    assert torch.equal(held, want.tokens if in_place else tokens)
+    for x, y in zip(got, want):
+        assert torch.equal(x, y)
+
+
+def test_compiles_once_for_changing_numbers(backend: str) -> None:
+    compiled = torch.compile(pydecode.unmask, fullgraph=True, backend="aot_eager")
+    tokens, logits = masked_batch(6), torch.randn(6, L, V)
+    for seed, threshold in ((0, 0.1), (1, 0.2), (2, 0.3), (2**64 - 1, 0.4)):
+        given = dict(mask_id=MASK, rule="threshold", threshold=threshold, seed=seed, offset=seed)
+        given.update(temperature=1.0, window=(2, 4), exclude_ids=[0, 1], backend=backend)
+        want = pydecode.unmask(tokens, logits, **given)
+        for x, y in zip(compiled(tokens, logits, **given), want):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("sampler", ["inverse_cdf", "gumbel"])
+def test_a_request_is_alone_in_any_batch(sampler: str, backend: str) -> None:
+    tokens, logits = torch.full((5, 6), MASK), torch.randn(5, 6, 4099)
+    seed, start = torch.tensor([7, 8, 7, 9, 1 << 45]), torch.tensor([0, 1, 2, 3, 4])
+    given = dict(mask_id=MASK, rule="threshold", threshold=1e-3, temperature=1.0, sampler=sampler)
+    given.update(confidence="neg_entropy", max_commit=2, offset=3, backend=backend)
+    whole = pydecode.unmask(tokens, logits, window=(start, 3), seed=seed, **given)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    other = pydecode.unmask(
+        tokens, logits[order], window=(start[order], 3), seed=seed[order], **given
+    )
+    for x, y in zip(whole, other):
+        assert torch.equal(x[order], y)
+    for b in range(5):
+        one = slice(b, b + 1)
+        alone = pydecode.unmask(
+            tokens[one], logits[one], window=(start[one], 3), seed=seed[one], **given
+        )
+        for x, y in zip(whole, alone):
+            assert torch.equal(x[one], y)
+
+
+def test_rows_that_are_not_read_may_hold_nan(backend: str) -> None:
+    tokens, logits = masked_batch(6), torch.randn(6, L, V)
+    given = dict(mask_id=MASK, rule="threshold", threshold=0.3, window=(1, 5), backend=backend)
+    want = pydecode.unmask(tokens, logits, **given)
+    read = (tokens == MASK) & (torch.arange(L) >= 1) & (torch.arange(L) < 6)
+    for x, y in zip(
+        pydecode.unmask(tokens, logits.masked_fill(~read[..., None], torch.nan), **given), want
+    ):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("B", "length"), [(0, L), (3, 0), (0, 0)])
+@pytest.mark.parametrize("rows", [0, L])
+def test_empty(B: int, length: int, rows: int, backend: str) -> None:
+    tokens = torch.full((B, rows), MASK)
+    got = pydecode.unmask(
+        tokens, torch.randn(B, rows, V), mask_id=MASK, window=(1, length), backend=backend
+    )
+    assert torch.equal(got.tokens, tokens)
+    assert got.num_left.tolist() == got.num_committed.tolist() == [0] * B
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, r"logits: expected shape \[B, L, V\] = \[2, 4, V\]", dict(shape=(2, 3, V))),
+        (ValueError, r"\[B, L\|length, V\] = ", dict(shape=(2, 3, V), window=(0, 2))),
+        (ValueError, r"length\|length\+1, V", dict(shape=(2, 1, V), window=(0, 2), shift=1)),
+        (ValueError, r"logits: expected shape \[B", dict(shape=(1, 4, V))),
+        (ValueError, r"logits: expected 3 dimensions", dict(shape=(2, V))),
+        (ValueError, r"logits: expected \[..., V\] with V >= 1", dict(shape=(2, 4, 0))),
+        (ValueError, "shift: expected 0 or 1, got 2", dict(shift=2)),
+        (ValueError, "shift: expected 0 or 1, got True", dict(shift=True)),
+        (ValueError, "rule: expected one of", dict(rule="topk")),
+        (ValueError, "external_score: expected scores", dict(rule="external")),
+        (ValueError, "sampler: expected one of", dict(sampler="gumbel_max")),
+        (TypeError, "out: expected dtype int64", dict(out=torch.zeros(2, 4))),
+        (ValueError, "out: expected shape", dict(out=torch.zeros(2, 3).long())),
+        (ValueError, "allowed: expected shape", dict(allowed=torch.zeros(2, 4, 2).int())),
+        (ValueError, "exclude_ids: expected a token id in", dict(exclude_ids=[V])),
+        (ValueError, "temperature: expected at least 0", dict(temperature=-1)),
+    ],
+)
+def test_errors(error: type[Exception], message: str, change: dict[str, Any]) -> None:
+    logits = torch.zeros(change.pop("shape", (2, 4, V)))
+    with pytest.raises(error, match=message):
+        pydecode.unmask(torch.zeros(2, 4).long(), logits, **{"mask_id": MASK, **change})
