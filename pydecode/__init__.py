@@ -20,9 +20,10 @@ from .soft_embed import soft_embed
 from .tree_attention import tree_attention
 from .unmask import unmask
 from .validation import checks
-from .verify_states import verify_states
 from .verify_greedy import verify_greedy
+from .verify_states import verify_states
 from .version import __version__
+from .warmup import warmup
 from .write_kv import write_kv
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "unmask",
     "verify_greedy",
     "verify_states",
+    "warmup",
     "write_kv",
 ]

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from . import binding
-from .reference.numbers import compute_dtype, per_request
+from .reference.numbers import compute_dtype
 from .trees.masks import pack_bits
 from .validation import (
     FLOATS,
     FP8,
-    data_at_most,
-    data_range,
     expect_device,
     expect_dim,
     expect_dtype,
@@ -186,10 +184,9 @@ def packed_mask(mask: Any, sizes: Sizes, device: torch.device) -> tuple[Tensor |
     if total is not None:
         what = what.replace("N", "max_seqlen_q")
         expect_shape("mask", mask, (total, width), f"[total, {what}]")
-    elif mask.dim() != 3 or tuple(mask.shape) not in ((B, N, width), (1, N, width)):
-        raise ValueError(
-            f"mask: expected shape [B|1, N, {what}] = [{B}|1, {N}, {width}], got {list(mask.shape)}"
-        )
+    else:
+        shared = mask.dim() == 3 and mask.shape[0] == 1
+        expect_shape("mask", mask, (1 if shared else B, N, width), f"[B|1, N, {what}]")
     return (pack_bits(mask) if mask.dtype == torch.bool else mask), False
 
 
@@ -235,7 +232,7 @@ def cache_scale(
         return 1.0, None
     if not isinstance(scale, Tensor):
         return number(name, scale, None, device)
-    if tuple(scale.shape) not in ((), (Hkv,), (B, Hkv)):
+    if scale.dim() > 2 or tuple(scale.shape) != (B, Hkv)[2 - scale.dim() :]:
         raise ValueError(
             f"{name}: expected a number, 0-d, [Hkv] = [{Hkv}] or [B, Hkv] = [{B}, {Hkv}], "
             f"got shape {list(scale.shape)}"
@@ -369,58 +366,3 @@ def run_into(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., None]:
         lse.copy_(results[1])
 
     return run_out
-
-
-# ---- device data (synchronising, only when checking()) ------------------------------------------
-
-
-def check_context_data(
-    rows: Rows,
-    block_table: Tensor | None,
-    num_tokens: Pair,
-    cache_seqlens: Pair,
-    replace_at: Pair = (-1, None),
-    cache_starts: Pair = (0, None),
-    cu_seqlens_q: Tensor | None = None,
-) -> None:
-    """Lengths, starts and counts within the cache and the rows, used page ids within the pool."""
-    N, capacity = rows.sizes.N, rows.sizes.capacity
-    batch = (rows.sizes.B, rows.q)
-    length = check_lengths("cache_seqlens", cache_seqlens, *batch, capacity)
-    count = check_lengths("num_tokens", num_tokens, *batch, N)
-    hole = check_lengths("replace_at", replace_at, *batch, capacity, low=-1)
-    check_lengths("cache_starts", cache_starts, *batch, capacity)
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, rows.q.shape[0], N)
-    if cu_seqlens_q is not None:
-        count = cu_seqlens_q.diff().long()
-    end = length
-    if rows.k is None:
-        start = torch.where(hole >= 0, hole, length)
-        name = "cache_seqlens" if replace_at == (-1, None) else "replace_at"
-        what = f"expected room for the rows in flight below the cache's end {capacity}"
-        data_at_most(name, start, capacity - count, what)
-        end = torch.maximum(length, start + count)
-    check_table(block_table, end, *rows.k_cache.shape[:2])
-
-
-def check_lengths(name: str, pair: Pair, B: int, like: Tensor, high: int, low: int = 0) -> Tensor:
-    """The pair as [B], every entry in [low, high]."""
-    value = per_request(*pair, B, like, torch.int64)
-    data_range(name, value, low, high + 1)
-    return value
-
-
-def check_table(block_table: Tensor | None, length: Tensor, num_pages: int, page_size: int) -> None:
-    """Page ids below each length lie in the pool."""
-    if block_table is not None and block_table.numel():
-        first = torch.arange(block_table.shape[1], device=block_table.device) * page_size
-        data_range("block_table", block_table, 0, num_pages, first < length[:, None])
-
-
-def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, total: int, longest: int) -> None:
-    """Monotone within [0, total], no request longer than the static maximum."""
-    if cu_seqlens is None:
-        return
-    data_range(name, cu_seqlens, 0, total + 1)
-    data_at_most(name, -cu_seqlens.diff(), 0, "expected no descent")
-    data_at_most(name, cu_seqlens.diff(), longest, f"expected lengths of at most {longest}")

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from . import attention_arguments as arguments
+from . import attention_data as data
 from . import binding
 from .backends import choose, unavailable
 from .reference import block_attention as reference
@@ -87,7 +88,7 @@ def block_attention(
         no key gives 0 and -inf (with sinks: lse = sink).
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or stride that does not fit, by name.
+        ValueError, TypeError: a shape, dtype, device, stride or number that does not fit.
         BackendUnavailable: the named backend cannot run this call.
 
     >>> import torch, pydecode
@@ -120,7 +121,7 @@ def block_attention(
         *(k_scale, v_scale),
     )
     if checking():
-        arguments.check_context_data(rows, block_table, tail[:2], *place, cu_seqlens_q=cu_seqlens_q)
+        data.check_context_data(rows, block_table, tail[:2], *place, cu_seqlens_q=cu_seqlens_q)
     args = (
         *(q, k_cache, v_cache, k, v, packed, *causal_pair),
         *(*place[0], *place[1], *place[2], block_table, *tail),

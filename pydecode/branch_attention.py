@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from . import attention_arguments as arguments
+from . import attention_data as data
 from . import binding
 from .backends import choose, unavailable
 from .reference import branch_attention as reference
@@ -75,7 +76,7 @@ def branch_attention(
         lse = sink).
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or stride that does not fit, by name.
+        ValueError, TypeError: a shape, dtype, device, stride or number that does not fit.
         BackendUnavailable: the named backend cannot run this call.
 
     >>> import torch, pydecode
@@ -109,8 +110,8 @@ def branch_attention(
     )
     if checking():
         rows = arguments.Rows(q, k_cache, v_cache, k_rows, v_rows, sizes)
-        arguments.check_context_data(rows, block_table, tail[:2], *place)
-        arguments.check_lengths("num_branches", branches, B, q, K)
+        data.check_context_data(rows, block_table, tail[:2], *place)
+        data.check_lengths("num_branches", branches, B, q, K)
     args = (
         *(q, k_cache, v_cache, k_rows, v_rows, *arguments.causal_of(causal, B, q.device)),
         *(*place[0], *place[1], *place[2], *branches, block_table, *tail),

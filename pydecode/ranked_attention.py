@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import attention_arguments as arguments
+from . import attention_data as data
 from . import binding
 from .backends import choose, unavailable
 from .reference import ranked_attention as reference
@@ -84,7 +85,7 @@ def ranked_attention(
         sees no key gives 0 and -inf (with sinks: lse = sink); padding gives 0 and -inf.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or stride that does not fit, by name.
+        ValueError, TypeError: a shape, dtype, device, stride or number that does not fit.
         BackendUnavailable: the named backend cannot run this call.
 
     >>> import torch, pydecode
@@ -114,11 +115,11 @@ def ranked_attention(
         *(k_scale, v_scale),
     )
     if checking():
-        length = arguments.check_lengths("cache_seqlens", keys, B, q, Nk)
-        arguments.check_lengths("num_tokens", tail[:2], B, q, Nq)
-        arguments.check_table(block_table, length, *k.shape[:2])
-        arguments.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], Nq)
-        arguments.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], Nk)
+        length = data.check_lengths("cache_seqlens", keys, B, q, Nk)
+        data.check_lengths("num_tokens", tail[:2], B, q, Nq)
+        data.check_table(block_table, length, *k.shape[:2])
+        data.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], Nq)
+        data.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], Nk)
     args = (
         *(q, k, v, q_rank, k_rank, bool(strict), *keys, block_table, *tail),
         *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0, return_lse),

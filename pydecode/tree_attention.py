@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from . import attention_arguments as arguments
+from . import attention_data as data
 from . import binding
 from .backends import choose, unavailable
 from .reference import tree_attention as reference
@@ -74,7 +75,7 @@ def tree_attention(
         no key gives 0 and -inf (with sinks: lse = sink).
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or stride that does not fit, by name.
+        ValueError, TypeError: a shape, dtype, device, stride or number that does not fit.
         BackendUnavailable: the named backend cannot run this call.
 
     >>> import torch, pydecode
@@ -102,7 +103,7 @@ def tree_attention(
         *(k_scale, v_scale),
     )
     if checking():
-        arguments.check_context_data(rows, block_table, tail[:2], length, cu_seqlens_q=cu_seqlens_q)
+        data.check_context_data(rows, block_table, tail[:2], length, cu_seqlens_q=cu_seqlens_q)
     args = (
         *(q, k_cache, v_cache, k, v, packed, causal, *length, block_table, *tail),
         *(cu_seqlens_q, max_seqlen_q or 0, return_lse, choose("tree_attention", backend)),

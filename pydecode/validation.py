@@ -135,7 +135,7 @@ def number(
         raise TypeError(f"{name}: expected {what} or a tensor, got {type(value).__name__}")
     if kind is int and not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: expected an integer or an integer tensor, got {value!r}")
-    if kind is float and math.isnan(value):
+    if value != value:  # not math.isnan, which torch.compile cannot trace on a changing float
         raise ValueError(f"{name}: expected a number, got nan")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")

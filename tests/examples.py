@@ -288,6 +288,36 @@ def coupled_accept() -> Call:
     )
 
 
+def rejection_sample_tree() -> Call:
+    probs = torch.rand(12, 40)
+    return (
+        pydecode.rejection_sample_tree,
+        (
+            None,
+            torch.tensor([[0, 3, 7, 3, 5], [1, 9, 9, 2, 50]]),
+            torch.tensor([[-1, 0, 0, 1, 2]]),
+        ),
+        dict(
+            draft_logits=torch.randn(9, 12),
+            target_probs=probs,
+            max_depth=2,
+            rule="traversal",
+            num_drafts=torch.tensor([4, 3]),
+            row_index=torch.tensor([[0, 4, 2, 11, 1], [5, 6, 7, -1, 9]]),
+            draft_row_index=torch.tensor([[3, 4, 5, 6, 7], [8, 0, 1, 2, -1]]),
+            draft_vocab=torch.arange(12),
+            allowed=torch.full((2, 5, 2), -1, dtype=torch.int32),
+            temperature=torch.tensor([1.0, 0.0]),
+            draft_temperature=0.7,
+            top_p=0.9,
+            filter_draft=False,
+            seed=torch.tensor([3, 4]),
+            positions=17,
+            return_logprobs=True,
+        ),
+    )
+
+
 EXAMPLES: dict[str, Callable[[], Call]] = {
     "verify_greedy": verify_greedy,
     "rejection_sample": rejection_sample,
@@ -310,4 +340,5 @@ EXAMPLES: dict[str, Callable[[], Call]] = {
     "remask": remask,
     "soft_embed": soft_embed,
     "coupled_accept": coupled_accept,
+    "rejection_sample_tree": rejection_sample_tree,
 }

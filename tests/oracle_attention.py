@@ -7,6 +7,7 @@ yardstick of the tolerance.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def rows_of(q: Tensor, num_tokens: Any, cu: Tensor | None) -> list[list[Index]]:
     """The valid rows' indices of each request."""
     if cu is not None:
         bounds = cu.tolist()
-        return [[(t,) for t in range(*pair)] for pair in zip(bounds, bounds[1:])]
+        return [[(t,) for t in range(*pair)] for pair in pairwise(bounds)]
     N = q.shape[1]
     return [[(b, i) for i in range(per_request(num_tokens, b, N))] for b in range(q.shape[0])]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_calls import LAYOUTS, make
+from attention_calls import FUZZ, LAYOUTS, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_attention import assert_close, verify
@@ -15,6 +15,7 @@ from pydecode import block_attention, branch_attention
 OP = "branch_attention"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MIXED = torch.tensor([True, False, True])
+POSITIONS = torch.arange(45).view(3, 3, 5) * 7 % 20
 
 # capacity 16, three requests of 3 branches of 5 rows
 CASES: dict[str, dict[str, Any]] = {
@@ -29,18 +30,17 @@ CASES: dict[str, dict[str, Any]] = {
     "ragged_both": dict(num_tokens=torch.tensor([4, 5, 2]), num_branches=torch.tensor([1, 2, 3])),
     "window": dict(window_size=4, cache_seqlens=16, replace_at=torch.tensor([8, 2, -1])),
     "window_causal": dict(window_size=4, causal=MIXED, cache_seqlens=16, replace_at=8),
-    "positions": dict(window_size=3, positions=torch.randint(0, 20, (3, 3, 5)), causal=MIXED),
-    "shared_positions": dict(window_size=3, positions=torch.randint(0, 20, (3, 1, 5))),
+    "positions": dict(window_size=3, positions=POSITIONS, causal=MIXED),
+    "shared_positions": dict(window_size=3, positions=POSITIONS[:, 1:2]),
     "not_paged": dict(paged=False, cache_seqlens=16, replace_at=6),
     "whole_cache": dict(cache_seqlens=None, replace_at=6),
-    "sinks": dict(sinks=torch.randn(4), softcap=2.0, softmax_scale=0.4),
+    "sinks": dict(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), softcap=2.0, softmax_scale=0.4),
     "no_context": dict(cache_seqlens=0),
     "odd_head_dim": dict(D=7, Dv=1),
     "wide_head": dict(D=260, Dv=8, Hq=2, Hkv=1),
     "one_branch": dict(K=1, replace_at=3),
     "one_row": dict(N=1, K=7),
     "rows_64": dict(N=13, K=5, B=1, cache_seqlens=9),  # 65 rows in all
-    "zero_branches": dict(K=0),
     "zero_rows": dict(N=0),
     "zero_batch": dict(B=0),
     "no_pages": dict(pages=0, cache_seqlens=0),
@@ -89,6 +89,13 @@ def test_a_branch_never_sees_a_sibling(backend: str) -> None:
     assert got[:, 1].isnan().all()
 
 
+def test_no_branches(backend: str) -> None:
+    args, kwargs = make(OP, K=0)
+    out, lse = branch_attention(*args, **kwargs, return_lse=True, backend=backend)
+    assert out.shape == (3, 0, 5, 4, 8)
+    assert lse.shape == (3, 0, 4, 5)
+
+
 def test_strided_branches(backend: str) -> None:
     """q, k, v as transposed views: [B, L, K, H, D] storage."""
     args, kwargs = make(OP)
@@ -98,9 +105,9 @@ def test_strided_branches(backend: str) -> None:
     assert torch.equal(branch_attention(*args, **kwargs, backend=backend), want)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(FUZZ, max_examples=15)
 @given(data=st.data())
-def test_random_branches(data: st.DataObject) -> None:
+def test_random_branches(data: st.DataObject, backend: str) -> None:
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31)))
     B, K, L = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -116,7 +123,7 @@ def test_random_branches(data: st.DataObject) -> None:
         replace_at=torch.randint(-1, 5, (B,)),
         num_branches=torch.randint(0, K + 1, (B,)),
     )
-    verify(OP, args, kwargs, "reference")
+    verify(OP, args, kwargs, backend)
 
 
 @pytest.mark.parametrize(

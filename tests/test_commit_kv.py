@@ -94,6 +94,7 @@ def test_every_bit_of_the_pool(
     path = torch.tensor([p for p, _ in drawn], dtype=torch.int32)
     num_accepted = torch.tensor([n for _, n in drawn], dtype=torch.int32)
     path[2], num_accepted[2] = -1, 0  # undecided
+    path[0], num_accepted[0] = torch.tensor([0, 2, 3, 5, 8]), 2  # the rest is not read
     lengths = torch.randint(0, 6, (B,))
     source = None
     if staged:

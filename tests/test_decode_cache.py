@@ -13,7 +13,7 @@ ACCEPTED = torch.tensor([2, 0])
 
 
 def filled(**options: object) -> tuple[PagedCache, torch.Tensor, torch.Tensor]:
-    """Two requests with 3 and 6 committed tokens and 4 rows in flight; K and V as [l, B, S, H, D]."""
+    """Two requests with 3 and 6 committed tokens and 4 rows in flight, and their K and V."""
     cache = PagedCache(3, 2, 10, 2, 8, v_head_dim=4, page_size=4, **options)  # type: ignore[arg-type]
     k, v = torch.randn(3, 2, 10, 2, 8), torch.randn(3, 2, 10, 2, 4)
     for layer in range(3):
@@ -84,7 +84,9 @@ def test_slots() -> None:
     assert cache.slots(3).tolist() == [[3, 4, 5], [6, 7, 8]]
     assert cache.slots(3, torch.tensor([0, 2])).tolist() == [[-1, -1, -1], [6, 7, -1]]
     assert cache.slots(6).max() == 11  # the last of three pages
-    with pytest.raises(ValueError, match="capacity: expected room .* position 12, .* 12 positions"):
+    with pytest.raises(
+        ValueError, match=r"capacity: expected room .* position 12, .* 12 positions"
+    ):
         cache.slots(7)
     assert cache.slots(7, torch.tensor([7, 6])).shape == (2, 7)  # only valid rows count
 

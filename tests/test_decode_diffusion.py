@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_diffusion import MASK, TinyDiffusion, V, twin_generate
+from tiny_diffusion import MASK, TinyDiffusion, twin_generate
 from torch import Tensor
 
 import pydecode
@@ -174,31 +174,28 @@ def test_a_model_may_return_all_rows(model: TinyDiffusion) -> None:
     assert torch.equal(generate(plain, prompt, **given).tokens, run(model, prompt, **given).tokens)
 
 
-@pytest.mark.parametrize("eos", [None, 3])
-def test_end_of_text(model: TinyDiffusion, eos: int | None) -> None:
+def test_end_of_text(model: TinyDiffusion) -> None:
     """What follows the first eos of the generated part becomes eos; then nothing more is fed."""
-    prompt = prompts(6)
-    prompt[:, 2] = 3  # one in the prompt ends nothing
-    bias = torch.zeros(V, dtype=torch.float64)
-    bias[3] = 2.5  # likely enough
+    prompt, eos = prompts(6), 3
+    prompt[:, 2] = eos  # one in the prompt ends nothing
+    ends = torch.tensor([0, 3, 6, 15, 99, 2])
 
-    def eager(*args: Any, **kwargs: Any) -> Tensor:
-        return model(*args, **kwargs) + bias
+    def ending(tokens: Tensor, positions: Tensor, cache: Any, mask: Any, keep: Any) -> Tensor:
+        logits = model(tokens, positions, cache, mask, keep)
+        at = positions[:, keep] == 6 + ends[: len(tokens), None]
+        logits[..., eos] = torch.where(at, 100.0, -100.0)
+        return logits
 
     given = dict(length=16, block_length=4, steps_per_block=2, mask_id=MASK)
-    result = generate(eager, prompt, eos_id=eos, **given)
-    free = generate(eager, prompt, **given)
-    if eos is None:
-        assert torch.equal(result.tokens, free.tokens)
-        return
-    needed = []
-    for b in range(6):
-        new, wild = result.tokens[b, 6:].tolist(), free.tokens[b, 6:].tolist()
-        end = new.index(eos) if eos in new else 16
-        assert new == wild[:end] + [eos] * (16 - end)
+    free = generate(ending, prompt, **given)
+    result = generate(ending, prompt, eos_id=eos, **given)
+    for b, end in enumerate(ends.clamp(max=16).tolist()):
         blocks = min(end // 4 + 1, 4)
+        assert result.tokens[b, : 6 + end].equal(free.tokens[b, : 6 + end])
+        assert (result.tokens[b, 6 + end :] == eos).all()
         assert result.num_steps[b] == 2 * blocks
+        assert result.order[b, : 4 * blocks].equal(free.order[b, : 4 * blocks])
         assert (result.order[b, 4 * blocks :] == -1).all()
-        needed.append(2 * blocks)
-    assert result.num_forwards == max(needed)
-    assert min(needed) < 8
+    assert result.num_forwards == 8
+    assert generate(ending, prompt[:3], eos_id=eos, **given).num_forwards == 4  # 0, 3 and 6
+    assert not (free.tokens[0, 6:] == eos).all()

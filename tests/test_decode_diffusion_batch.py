@@ -1,5 +1,6 @@
 """The diffusion loop's batches, padding, sampling, functions of the step, and errors by name."""
 
+import doctest
 import re
 from typing import Any
 
@@ -9,7 +10,8 @@ from test_decode_diffusion import KINDS, prompts, run
 from tiny_diffusion import MASK, TinyDiffusion, V
 from torch import Tensor
 
-import pydecode
+import pydecode.decode
+from pydecode.decode import diffusion
 from pydecode.decode.diffusion import Step, generate
 
 
@@ -144,6 +146,13 @@ def test_the_mask_is_never_predicted(model: TinyDiffusion) -> None:
     assert torch.equal(
         generate(stubborn, prompt, **given).tokens, generate(model, prompt, **given).tokens
     )
+
+
+def test_examples() -> None:
+    for module in (pydecode.decode, diffusion):
+        tried = doctest.testmod(module)
+        assert tried.attempted
+        assert tried.failed == 0
 
 
 def test_empty_batch(model: TinyDiffusion) -> None:

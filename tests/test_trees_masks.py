@@ -187,3 +187,5 @@ def test_checks(function: Any) -> None:
             function(torch.tensor([[-1, 0, 3]]))
         with pytest.raises(ValueError, match=r"before its child, got 2 at index \[0, 1\]"):
             function(torch.tensor([[-1, 2, 0]]))
+        with pytest.raises(ValueError, match=r"before its child, got 1 at index \[0, 1\]"):
+            function(torch.tensor([[-1, 1, 0]]))  # its own parent

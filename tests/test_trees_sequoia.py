@@ -91,7 +91,9 @@ def test_optimal_against_another_recursion(m: int, max_depth: int, bmax: int) ->
 def test_optimal_of_known_shapes() -> None:
     assert trees.optimal([0.9], num_nodes=4).tolist() == [[-1, 0, 1, 2]]  # one child: a chain
     assert trees.optimal([0.5, 0.4], num_nodes=3, max_depth=1).tolist() == [[-1, 0, 0]]
-    assert trees.optimal([0.0, 0.0], num_nodes=3).shape == (1, 3)  # worthless nodes, still a tree
+    for max_depth in (1, 2, 3):  # worthless nodes, still a tree within its bounds
+        expect_optimal(4, [[0.0] * 3] * max_depth, 1.0, [0.0] * 3)
+        expect_optimal(5, [[0.0] * 3] * max_depth, 1.0 if max_depth > 1 else -math.inf, [0.0] * 3)
     assert trees.optimal([], num_nodes=1).tolist() == [[-1]]
     assert trees.optimal([[0.5, 0.5], [0.1, 0.1]], num_nodes=7).shape == (1, 7)  # depth from rows
     parents = trees.optimal([0.6, 0.2, 0.1], num_nodes=128, max_depth=10)

@@ -153,7 +153,6 @@ def twin_generate(
     kind: str = "none",
     shift: int = 0,
     steps_per_block: int | None = None,
-    eos_id: int | None = None,
     seed: int = 0,
     **given: Any,
 ) -> tuple[list[int], list[int], int]:
@@ -181,9 +180,6 @@ def twin_generate(
                 x[j] = int(p[j - begin].argmax())
                 order[j - len(prompt)] = steps
             steps, i = steps + 1, i + 1
-        if eos_id in x[len(prompt) : stop]:
-            first = x.index(eos_id, len(prompt))
-            x[first:] = [eos_id] * (len(x) - first)
         start += block_length
     return x, order, steps
 

@@ -147,12 +147,12 @@ def k_seq(tree: Tree) -> Iterator[Cell]:
         if not rest:
             common = np.minimum(q, p / rho)
             beta = common.sum()
-            left = p - common * (1 - (1 - beta) ** k) / beta if k else p
+            left = p - common * (1 - (1 - beta) ** k) / beta if k and beta > 0 else p
             assert left.min() > -1e-12
             yield Cell(coins, n, norm(np.maximum(left, 0)))
             return
         x = tree.tokens[rest[0]]
-        for accepted, both in split(p[x] / (rho * q[x]), rest[0], coins):
+        for accepted, both in split(p[x] / (rho * q[x]) if q[x] > 0 else 0.0, rest[0], coins):
             if accepted:
                 yield from at(rest[0], tree.children[rest[0]], both)
             else:
@@ -185,6 +185,7 @@ def target_only(tree: Tree) -> Iterator[Cell]:
 
 def traversal(tree: Tree, replacement: bool) -> Iterator[Cell]:
     """Leaf first, on copies: what is left of the tree, and p', q', a of its nodes."""
+
     def enter(n: int, kids: dict, p: dict, q: dict, a: dict) -> None:
         """Gives every node below n its acceptance."""
         for c in kids[n]:

@@ -70,10 +70,8 @@ class BlockCache:
             if self.first is not None:
                 slots = torch.arange(end, device=q.device)
                 k_rank = torch.where(slots < self.first[:, None], PAD, k_rank)
-            rank = dict(q_rank=ranks, k_rank=k_rank)
-            return pydecode.ranked_attention(
-                q, k_cache[:, :end], v_cache[:, :end], **rank, **options
-            )
+            k, v = k_cache[:, :end], v_cache[:, :end]
+            return pydecode.ranked_attention(q, k, v, q_rank=ranks, k_rank=k_rank, **options)
         options |= dict(
             cache_seqlens=self.context,
             cache_starts=self.first,

@@ -94,6 +94,16 @@ def generate(
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name; or a model with NaN logits.
+
+    >>> import torch
+    >>> from pydecode.decode import diffusion
+    >>> def model(tokens, positions, cache, mask, keep):  # sure that position i holds token i
+    ...     return 9 * torch.nn.functional.one_hot(positions, 12)[:, keep].float()
+    >>> result = diffusion.generate(
+    ...     model, torch.tensor([[0, 1]]), length=6, block_length=3, mask_id=11, rule="threshold"
+    ... )
+    >>> result.tokens.tolist(), result.num_forwards
+    ([[0, 1, 2, 3, 4, 5, 6, 7]], 2)
     """
     expect_rule(rule, steps_per_block, arguments)
     passes = prepare(

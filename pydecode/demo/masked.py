@@ -82,15 +82,15 @@ def _fill_all(
     right = total = passes = 0
     order: list[int] = []
     begin = time.perf_counter()
-    for seed in range(repeats):
-        generator = torch.Generator().manual_seed(seed)  # the same masks for every rule
-        for truth in sequences:
-            tokens, hidden = mask(truth, share, model.mask_id, generator)
-            filled, steps = fill(model, tokens, rule, arguments)
-            right += int((filled == truth)[hidden].sum())
-            total += int(hidden.sum())
-            passes += int(steps.max())
-            order = order or steps.tolist()
+    generator = torch.Generator().manual_seed(0)  # the same masks for every rule
+    for truth in sequences:
+        masked = [mask(truth, share, model.mask_id, generator) for _ in range(repeats)]
+        tokens, hidden = (torch.stack(x) for x in zip(*masked))
+        filled, steps = fill(model, tokens, rule, arguments)
+        right += int((filled == truth)[hidden].sum())
+        total += int(hidden.sum())
+        passes += int(steps.amax(1).sum())
+        order = order or steps[0].tolist()
     runs = repeats * len(sequences)
     seconds = (time.perf_counter() - begin) / runs
     return Filled(right / total, passes / runs, total / passes, seconds, order)
@@ -108,8 +108,8 @@ def mask(
 
 
 def fill(model: Any, tokens: Tensor, rule: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Unmasks until nothing is masked; also the step at which each position was filled."""
-    tokens, steps = tokens[None], torch.zeros_like(tokens)
+    """Unmasks [B, L] until nothing is masked; also the step at which each position was filled."""
+    steps = torch.zeros_like(tokens)
     special = [0, 1, 2, 3]  # <s> <pad> </s> <unk> are no residues
     for step in range(1, tokens.shape[1] + 1):
         done = pydecode.unmask(
@@ -121,7 +121,7 @@ def fill(model: Any, tokens: Tensor, rule: str, arguments: dict[str, Any]) -> tu
             **arguments,
         )
         tokens = done.tokens
-        steps[done.committed[0]] = step
-        if int(done.num_left) == 0:
+        steps[done.committed] = step
+        if int(done.num_left.sum()) == 0:
             break
-    return tokens[0], steps
+    return tokens, steps

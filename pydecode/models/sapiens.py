@@ -107,6 +107,7 @@ class SapiensModel(nn.Module):
         ffn: int = 256,
     ) -> None:
         super().__init__()
+        self.heads = (num_heads, width // num_heads)
         self.embed_tokens = nn.Embedding(self.vocab_size, width)
         self.embed_positions = nn.Embedding(num_positions, width)
         self.emb_layer_norm = nn.LayerNorm(width)
@@ -146,9 +147,11 @@ class SapiensModel(nn.Module):
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache is not None:
                 return cache.attend(i, q, k, v, mask)
-            return pydecode.block_attention(
+            out = pydecode.block_attention(
                 *(q, k[:, :0], v[:, :0], k, v), cache_seqlens=0, num_tokens=num_tokens
             )
+            assert isinstance(out, Tensor)  # no lse was asked for
+            return out
 
         x = self.embed_tokens(tokens) + self.embed_positions(positions + FIRST_POSITION)
         x = self.emb_layer_norm(x)
@@ -159,8 +162,7 @@ class SapiensModel(nn.Module):
     def new_kv(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """An empty K/V cache for the diffusion loop, each [layers, B, length, H, D]."""
         weight = self.embed_tokens.weight
-        heads = self.layers[0].self_attn.heads
-        shape = (len(self.layers), batch, length, *heads)
+        shape = (len(self.layers), batch, length, *self.heads)
         return weight.new_zeros(shape), weight.new_zeros(shape)
 
     def encode(self, sequence: str) -> Tensor:

@@ -94,12 +94,12 @@ def attend(
     if sinks is not None:
         sink = sinks.to(s.dtype).view(Hkv, group, 1)
         top = torch.maximum(top, sink)
-    base = torch.where(top == -torch.inf, 0.0, top)
+    base = top.clamp(min=torch.finfo(s.dtype).min)  # finite, so that exp(-inf - base) is 0
     p = torch.exp(s - base[..., None])
     total = p.sum(-1)
     if sinks is not None:
         total = total + torch.exp(sink - base)
-    p = torch.where(total[..., None] == 0, 0.0, p / total[..., None]).view(Hkv, group * N, S)
+    p = (p / torch.where(total == 0, 1.0, total)[..., None]).view(Hkv, group * N, S)
     out = p @ v
     if out.device.type != "cpu" or not out.isfinite().all():
         out = _weigh_selected(p, v, visible.repeat(group, 1))
@@ -132,6 +132,19 @@ def gather(cache: Cache, b: int, positions: Tensor, dtype: torch.dtype) -> tuple
         mapped = inside & (page >= 0) & (page < num_pages)
         page = torch.where(mapped, page, 0)
         k, v = cache.k[page, safe % page_size], cache.v[page, safe % page_size]
+    return _scaled(k, cache.k_scale, b, dtype), _scaled(v, cache.v_scale, b, dtype), mapped
+
+
+def gather_first(cache: Cache, b: int, n: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """``gather`` of the positions 0 .. n-1, page by page."""
+    if cache.block_table is None or n == 0 or cache.k.shape[0] == 0:
+        return gather(cache, b, torch.arange(n, device=cache.k.device), dtype)
+    num_pages, page_size = cache.k.shape[:2]
+    page = cache.block_table[b, : -(-n // page_size)].long()
+    inside = (page >= 0) & (page < num_pages)
+    page = torch.where(inside, page, 0)
+    k, v = cache.k[page].flatten(0, 1)[:n], cache.v[page].flatten(0, 1)[:n]
+    mapped = inside[:, None].expand(-1, page_size).flatten()[:n]
     return _scaled(k, cache.k_scale, b, dtype), _scaled(v, cache.v_scale, b, dtype), mapped
 
 
@@ -175,7 +188,7 @@ def attend_cached(
             m = int(torch.where(valid[b], i + 1, 0).max())
         # context: cached K/V and which rows see them
         at = torch.arange(n, device=q.device)
-        k_context, v_context, mapped = gather(cache, b, at, dtype)
+        k_context, v_context, mapped = gather_first(cache, b, n, dtype)
         sees = (mapped & (at < context.stop[b])).expand(m, n)
         if context.start is not None:
             sees = sees & (at >= context.start[b])

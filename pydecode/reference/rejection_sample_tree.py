@@ -144,7 +144,8 @@ def rejection_sample_tree(
 
 def multi_round(nodes: Nodes, without_replacement: bool) -> Walked:
     """p' <- p, q' <- q; accept child x if u q'(x) < p'(x), else p' <- norm((p' - q')+), and without
-    replacement q'(x) <- 0, renormalised. Deterministic and greedy drafts: q' is x's delta.
+    replacement q'(x) <- 0, renormalised (all 0 when q' is exhausted: then nothing is accepted, and
+    p' stays). Deterministic and greedy drafts: q' is x's delta.
     """
     T = nodes.tokens.shape[1]
     delta = torch.ones_like(nodes.greedy) if nodes.q is None else nodes.greedy
@@ -155,7 +156,6 @@ def multi_round(nodes: Nodes, without_replacement: bool) -> Walked:
         x = nodes.tokens[:, i]
         q_i = torch.where(delta[:, None], torch.zeros_like(q).scatter(1, x[:, None], 1.0), q)
         tested, undecided = _test(nodes, cur, i, undecided)
-        tested = tested & (q_i > 0).any(-1)  # q' exhausted: stop testing
         q_x, p_x = q_i.gather(1, x[:, None])[:, 0], p.gather(1, x[:, None])[:, 0]
         accept = tested & (q_x > 0) & (nodes.u[:, i] * q_x < p_x)
         reject = (tested & ~accept)[:, None]
@@ -191,7 +191,7 @@ def k_seq(nodes: Nodes) -> Walked:
     p, q, k, rho = at(p, cur), at(q, cur), at(k, cur), at(rho, cur)
     common = torch.minimum(q, p / rho)
     rest = (p - common * k_seq_taken(total(common), k)).clamp(min=0)
-    keeps_p = nodes.greedy[:, None] | (k == 0) | (total(rest) == 0)
+    keeps_p = nodes.greedy[:, None] | (total(rest) == 0)
     return Walked(cur, torch.where(keeps_p, p, rest), undecided)
 
 
@@ -211,7 +211,7 @@ def k_seq_rho(p: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def k_seq_taken(beta: Tensor, k: Tensor) -> Tensor:
-    """(1 - (1 - beta)^k) / beta without cancellation; exactly 1 for one draft, as in multi_round."""
+    """(1 - (1 - beta)^k) / beta without cancellation; exactly 1 for k = 1, as in multi_round."""
     several = -torch.expm1(k * torch.log1p(-beta.clamp(max=1.0))) / beta
     return torch.where(k == 1, 1.0, torch.where(beta > 0, several, k))
 

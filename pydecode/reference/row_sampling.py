@@ -150,11 +150,13 @@ def sample_rows(
 def tempered_logits(x: Tensor, temperature: Tensor) -> Tensor:
     """x / T of rows [B, R, V], T [B]; T = 0 (greedy, no law) counts as 1.
 
-    No T overflows, and -inf stays -inf at T = inf too.
+    A row that a tiny T would overflow is taken less its maximum; -inf stays -inf at T = inf too.
     """
     t = torch.where(temperature > 0, temperature, 1.0).to(x.dtype)[:, None, None]
-    limit = torch.finfo(x.dtype).max
-    return (x / t).clamp(-limit, limit).masked_fill(x == -torch.inf, -torch.inf)
+    scaled, nothing = x / t, x == -torch.inf
+    overflows = (scaled.isinf() & ~nothing).any(-1, keepdim=True)
+    scaled = torch.where(overflows, (x - x.amax(-1, keepdim=True)) / t, scaled)
+    return scaled.masked_fill(nothing, -torch.inf)
 
 
 def perturbed_argmax(

@@ -52,8 +52,8 @@ def lookahead_mask(
     causal = (level == 0) & (column <= see_column)
     diagonal = (level > 0) & (level <= see_level) & (column == see_column)
     in_guess = (see_guess >= 0) & (see_guess == guess) & (column <= see_column)
-    input_token = torch.arange(len(level)) == 0
-    mask = (in_window & (causal | diagonal)) | in_guess | ((see_guess >= 0) & input_token)
+    input_token = torch.arange(len(level)) == 0  # seen by all
+    mask = (in_window & (causal | diagonal)) | in_guess | input_token
     return pack_mask(mask[None]).to(device)
 
 

@@ -48,9 +48,6 @@ class Tree(_Tensors):
         parents, depths, mask, choice = (x.to(device) for x in self)
         return Tree(parents, depths, mask, choice, self.max_depth)
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # copying and pickling keep max_depth
-        return (*self, self.max_depth)
-
 
 def chain(num_nodes: int, *, device: torch.device | str | None = None) -> Tree:
     """A tree without branches: node i's parent is i - 1, its mask is causal.
