@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "not_paged": dict(paged=False, cache_seqlens=16, replace_at=6),
     "whole_cache": dict(cache_seqlens=None, replace_at=6),
     "sinks": dict(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), softcap=2.0, softmax_scale=0.4),
+    "ragged_sinks": dict(sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), num_tokens=2),
     "no_context": dict(cache_seqlens=0),
     "odd_head_dim": dict(D=7, Dv=1),
     "wide_head": dict(D=260, Dv=8, Hq=2, Hkv=1),

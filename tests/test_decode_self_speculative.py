@@ -14,7 +14,7 @@ from pydecode.decode.diffusion import DiffusionResult
 
 RULES: dict[str, dict[str, Any]] = {
     "stepwise": dict(rule="top_k"),
-    "schedule": dict(rule="top_k", steps_per_block=3),
+    "schedule": dict(rule="top_k", steps_per_block=4),
     "threshold": dict(rule="threshold", threshold=0.6, max_commit=2),
     "entropy": dict(rule="entropy", threshold=1.0),
     "sequential": dict(rule="sequential"),
@@ -72,21 +72,26 @@ def test_any_number_of_states(model: TinyDiffusion, num_states: int) -> None:
         assert forwards[0] > forwards[1]
 
 
-@pytest.mark.parametrize(("num_states", "passes"), [(1, 6), (2, 4), (4, 3), (5, 2), (9, 2)])
-def test_right_drafts_count(num_states: int, passes: int) -> None:
-    """Where no token depends on another every draft is right: 6 masks cost 1 + ceil(5 / K)."""
+@pytest.mark.parametrize("num_states", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize(
+    ("rule", "steps"),
+    [(dict(), 6), (dict(steps_per_block=4), 4), (dict(rule="threshold", threshold=0.0), 1)],
+    ids=["one", "2_2_1_1", "all"],
+)
+def test_right_drafts_count(rule: dict[str, Any], steps: int, num_states: int) -> None:
+    """Where no token depends on another every draft is right: 1 + ceil((steps - 1) / K) passes."""
     table = torch.randn(20, 32, dtype=torch.float64)
 
     def independent(tokens: Tensor, positions: Tensor, *_: Any, keep: Any) -> Tensor:
         return table[positions][:, keep]
 
-    given = dict(length=12, block_length=6, mask_id=MASK)
+    given = dict(length=12, block_length=6, mask_id=MASK) | rule
     stepwise = diffusion.generate(independent, prompts(2, 3), **given)
-    assert stepwise.num_forwards == 12
+    assert stepwise.num_forwards == 2 * steps
     result = self_speculative.generate(independent, prompts(2, 3), num_states=num_states, **given)
     assert torch.equal(result.tokens[:, 3:], stepwise.tokens[:, 3:])
     assert torch.equal(result.order, stepwise.order)
-    assert result.num_forwards == 2 * passes
+    assert result.num_forwards == 2 * (1 + -(-(steps - 1) // num_states))
 
 
 @pytest.mark.parametrize("kind", ["none", "prefix", "dual"])

@@ -98,11 +98,8 @@ def test_offsets_and_streams(offset: int, stream: int) -> None:
 @pytest.mark.parametrize("position", [0, 1, 2**31, 2**32 - 1, -1])
 @pytest.mark.parametrize("index", [0, 1, 1023, -1])
 def test_positions_and_indices(position: int, index: int) -> None:
+    # index -1 is a word of all ones
     assert words(2, 5, 6, position, index) == documented(2, 5, 6, position, index)
-
-
-def test_index_minus_1_is_all_ones() -> None:
-    assert words(2, 0, 0, 0, -1) == python_philox((MASK, 0, 0, 2 << 24), (0, 0))
 
 
 def test_every_number_matters() -> None:
@@ -176,6 +173,13 @@ def test_numbers_of_extreme_words(x: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert g.isfinite().all()
     exact = -math.log(-math.log1p(-(x + 0.5) / 2**32))
     assert all(math.isclose(value, exact, rel_tol=1e-14, abs_tol=1e-14) for value in g.tolist())
+
+
+def test_uniform_takes_word_0() -> None:
+    seed, index = torch.arange(3)[:, None], torch.tensor([0, 1, -1])
+    u = philox.uniform(philox.RESAMPLE, seed, torch.tensor(4), torch.tensor(5), index)
+    first = [[documented(2, b, 4, 5, i)[0] for i in (0, 1, -1)] for b in range(3)]
+    assert u.tolist() == [[(x >> 8) / 2**24 for x in row] for row in first]
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 4, 5, 8, 11])

@@ -131,20 +131,18 @@ def test_certain_heads() -> None:
 
 def test_decimal_accuracies() -> None:
     # 2^64 steps of a chain whose rows do not sum to 1 exactly
-    got = trees.prompt_tree([[0.55, 0.15], [0.37, 0.11]], num_candidates=[2, 4], budget=9)
-    share = [state.probability for state in got.states]
-    assert math.isclose(sum(share), 1.0, rel_tol=1e-12)
+    acc = [[0.43, 0.1], [0.37, 0.11]]
+    got = trees.prompt_tree(acc, num_candidates=[2, 4], budget=9)
     e = torch.zeros(3, 3, dtype=torch.float64)
     for s, state in enumerate(got.states):
-        values = [
-            math.prod(((0.55, 0.15), (0.37, 0.11))[d][i] for d, i in enumerate(path))
-            for path in paths_of(state)
-        ]
-        for i, (value, parent) in enumerate(zip(values, state.tree.parents[0].tolist())):
-            e[s, state.num_prompts[i]] += value
-            if parent >= 0:
-                e[s, state.num_prompts[parent]] -= value
-    law = torch.tensor(share, dtype=torch.float64)
+        paths, prompts = paths_of(state), state.num_prompts.tolist()
+        for path in paths:
+            value = math.prod(acc[d][rank] for d, rank in enumerate(path))
+            e[s, prompts[paths.index(path)]] += value
+            if path:
+                e[s, prompts[paths.index(path[:-1])]] -= value
+    law = torch.tensor([state.probability for state in got.states], dtype=torch.float64)
+    assert math.isclose(law.sum().item(), 1.0, rel_tol=1e-12)
     torch.testing.assert_close(law @ e, law, rtol=0, atol=1e-12)
 
 

@@ -154,13 +154,21 @@ def test_tokens_and_confidence_are_sample_and_scores(backend: str) -> None:
         allowed=words,
         seed=torch.tensor([3, 1, 4, 1]),
         offset=9,
-        positions=torch.randint(0, 99, (B, L)),
         backend=backend,
     )
-    for extra in (dict(sampler="gumbel"), dict(uniforms=torch.rand(B, L)), dict()):
+    at = torch.randint(0, 99, (B, L))  # the default is the index in L, not in the window
+    for extra in (
+        dict(sampler="gumbel"),
+        dict(sampler="gumbel", positions=at),
+        dict(uniforms=torch.rand(B, L)),
+        dict(confidence="random"),
+        dict(positions=at),
+    ):
         ids = torch.tensor([[1], [-1], [3], [4]])
         want = pydecode.sample_and_score(
-            logits, exclude_ids=torch.cat([ids, torch.full((B, 1), MASK)], 1), **sampling, **extra
+            logits,
+            exclude_ids=torch.cat([ids, torch.full((B, 1), MASK)], 1),
+            **{**sampling, **extra},
         )
         start = torch.tensor([1, 2, 3, 6])
         got = pydecode.unmask(
@@ -170,8 +178,7 @@ def test_tokens_and_confidence_are_sample_and_scores(backend: str) -> None:
             k=4,
             window=(start, 4),
             exclude_ids=ids,
-            **sampling,
-            **extra,
+            **{**sampling, **extra},
         )
         inside = (torch.arange(L) >= start[:, None]) & (torch.arange(L) < start[:, None] + 4)
         assert torch.equal(got.committed, inside & (want.tokens >= 0))

@@ -33,6 +33,10 @@ class Cache(NamedTuple):
     v_scale: Tensor | float
 
     @property
+    def scaled(self) -> bool:
+        return any(isinstance(x, Tensor) or x != 1.0 for x in (self.k_scale, self.v_scale))
+
+    @property
     def capacity(self) -> int:
         if self.block_table is None:
             return self.k.shape[1]
@@ -85,7 +89,7 @@ def attend(
     Hq, N, D = q.shape
     Hkv, S, Dv = v.shape
     group = Hq // Hkv
-    s = (q.reshape(Hkv, group * N, D) @ k.mT).view(Hkv, group, N, S) * softmax_scale
+    s = ((softmax_scale * q).reshape(Hkv, group * N, D) @ k.mT).view(Hkv, group, N, S)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     s = s.masked_fill(~visible, -torch.inf)
@@ -95,13 +99,13 @@ def attend(
         sink = sinks.to(s.dtype).view(Hkv, group, 1)
         top = torch.maximum(top, sink)
     base = top.clamp(min=torch.finfo(s.dtype).min)  # finite, so that exp(-inf - base) is 0
-    p = torch.exp(s - base[..., None])
+    p = (s - base[..., None]).exp_()
     total = p.sum(-1)
     if sinks is not None:
         total = total + torch.exp(sink - base)
-    p = (p / torch.where(total == 0, 1.0, total)[..., None]).view(Hkv, group * N, S)
+    p = p.div_(torch.where(total == 0, 1.0, total)[..., None]).view(Hkv, group * N, S)
     out = p @ v
-    if out.device.type != "cpu" or not out.isfinite().all():
+    if out.device.type != "cpu" or not out.sum().isfinite():
         out = _weigh_selected(p, v, visible.repeat(group, 1))
     lse = base + torch.log(total)
     return out.view(Hq, N, Dv), lse.view(Hq, N)
@@ -143,7 +147,7 @@ def gather_first(cache: Cache, b: int, n: int, dtype: torch.dtype) -> tuple[Tens
     page = cache.block_table[b, : -(-n // page_size)].long()
     inside = (page >= 0) & (page < num_pages)
     page = torch.where(inside, page, 0)
-    k, v = cache.k[page].flatten(0, 1)[:n], cache.v[page].flatten(0, 1)[:n]
+    k, v = (x.index_select(0, page).flatten(0, 1)[:n] for x in (cache.k, cache.v))
     mapped = inside[:, None].expand(-1, page_size).flatten()[:n]
     return _scaled(k, cache.k_scale, b, dtype), _scaled(v, cache.v_scale, b, dtype), mapped
 
@@ -181,15 +185,18 @@ def attend_cached(
     lse = q.new_full((B, Hq, N), -torch.inf, dtype=dtype)
     on_cpu = q.device.type == "cpu"
     i = torch.arange(N, device=q.device)
+    # unscaled K/V of q's own dtype are gathered as they are, and converted once they are together
+    as_is = cache.k.dtype == cache.v.dtype == q.dtype and not cache.scaled
+    kept = q.dtype if as_is else dtype
     for b in range(B):
-        n = int(context.stop[b].clamp(0, cache.capacity)) if on_cpu else cache.capacity
+        n = min(max(int(context.stop[b]), 0), cache.capacity) if on_cpu else cache.capacity
         m = N  # rows; so on the CPU a ragged request is computed as if it were alone
         if on_cpu and valid is not None and N:
             m = int(torch.where(valid[b], i + 1, 0).max())
         # context: cached K/V and which rows see them
         at = torch.arange(n, device=q.device)
-        k_context, v_context, mapped = gather_first(cache, b, n, dtype)
-        sees = (mapped & (at < context.stop[b])).expand(m, n)
+        k_context, v_context, mapped = gather_first(cache, b, n, kept)
+        sees = (mapped if on_cpu else mapped & (at < context.stop[b])).expand(m, n)
         if context.start is not None:
             sees = sees & (at >= context.start[b])
         if context.hole is not None and context.hole_end is not None:
@@ -199,17 +206,17 @@ def attend_cached(
         # rows in flight: their own K/V and who sees whom
         among = local[b if local.shape[0] > 1 else 0, :m, :m]
         if k is None or v is None:
-            k_rows, v_rows, mapped = gather(cache, b, rows_at[b] + i[:m], dtype)
+            k_rows, v_rows, mapped = gather(cache, b, rows_at[b] + i[:m], kept)
             among = among & mapped
         else:
-            k_rows, v_rows = k[b, :m].to(dtype), v[b, :m].to(dtype)
+            k_rows, v_rows = k[b, :m].to(kept), v[b, :m].to(kept)
         if valid is not None:
             among = among & valid[b, :m] & valid[b, :m, None]
             sees = sees & valid[b, :m, None]
         out_b, lse_b = attend(
             q[b, :m].to(dtype).transpose(0, 1),
-            torch.cat([k_context, k_rows]).transpose(0, 1),
-            torch.cat([v_context, v_rows]).transpose(0, 1),
+            torch.cat([k_context, k_rows]).to(dtype).transpose(0, 1),
+            torch.cat([v_context, v_rows]).to(dtype).transpose(0, 1),
             torch.cat([sees, among], dim=1),
             softmax_scale=softmax_scale,
             softcap=softcap,
@@ -232,12 +239,14 @@ def unpack_mask(mask: Tensor, n: int) -> Tensor:
     return (mask[..., j // 64] >> (j % 64)) & 1 == 1
 
 
-def local_mask(mask: Tensor | None, causal: Tensor, n: int) -> Tensor:
-    """Who sees whom among n rows, [B|1, n, n]: a packed mask, else all, or for causal the past."""
+def local_mask(mask: Tensor | None, causal: Tensor | bool, i: Tensor) -> Tensor:
+    """Who sees whom among rows i = 0 .. n-1, [B|1, n, n]: as packed, all, or the past (causal)."""
     if mask is not None:
-        return unpack_mask(mask, n)
-    i = torch.arange(n, device=causal.device)
-    return ~causal.view(-1, 1, 1) | (i[:, None] >= i)
+        return unpack_mask(mask, i.shape[0])
+    past = (i[:, None] >= i)[None]
+    if isinstance(causal, Tensor):
+        return ~causal.view(-1, 1, 1) | past
+    return past if causal else torch.ones_like(past)
 
 
 def pad_packed(cu_seqlens: Tensor | None, width: int, *tensors: Tensor | None) -> list[Any]:

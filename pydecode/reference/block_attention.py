@@ -77,7 +77,7 @@ def block_attention(
         k,
         v,
         context,
-        local_mask(mask, is_causal, L),
+        local_mask(mask, is_causal, torch.arange(L, device=q.device)),
         torch.arange(L, device=q.device) < count[:, None] if ragged or num_tokens < L else None,
         rows_at=start,
         softmax_scale=softmax_scale,

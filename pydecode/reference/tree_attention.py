@@ -52,10 +52,11 @@ def tree_attention(
     q, k, v, mask, positions = pad_packed(cu_seqlens_q, max_seqlen_q, q, k, v, mask, positions)
     B, N = q.shape[:2]
     length = per_request(cache_seqlens, cache_seqlens_tensor, B, q, torch.int64)
-    count = per_request(num_tokens, num_tokens_tensor, B, q, torch.int64)
     i = torch.arange(N, device=q.device)
-    valid = i < count[:, None]
-    local = local_mask(mask, torch.full((1,), causal, device=q.device), N)
+    valid = None
+    if ragged or num_tokens < N:
+        valid = i < per_request(num_tokens, num_tokens_tensor, B, q, torch.int64)[:, None]
+    local = local_mask(mask, causal, i)
 
     # the window: row i sees cached keys at positions > position(i) - window_size
     lowest = None
@@ -63,7 +64,7 @@ def tree_attention(
         if positions is not None:
             at = positions.long()
         elif mask is not None:  # ancestors: the rows that row i sees, less itself
-            seen = local & valid[:, None]
+            seen = local if valid is None else local & valid[:, None]
             at = length[:, None] + seen.sum(-1) - seen.diagonal(dim1=-2, dim2=-1).long()
         else:
             at = length[:, None] + (i if causal else torch.zeros_like(i))
@@ -79,7 +80,7 @@ def tree_attention(
         v,
         Context(stop=length, lowest=lowest),
         local,
-        valid if ragged or num_tokens < N else None,
+        valid,
         rows_at=length,
         softmax_scale=softmax_scale,
         softcap=softcap,

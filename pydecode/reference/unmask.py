@@ -81,7 +81,7 @@ def unmask(
     else:
         at = torch.arange(L, device=tokens.device).expand(B, L)
     row = row_of(at, start, logits.shape[1], L, window_length, shift)
-    inside = (at >= 0) & (at < L) & (at >= start) & (at < start + window_length)
+    inside = (at >= 0) & (at < L)
     at_safe = at.clamp(0, max(L - 1, 0))
     b = torch.arange(B, device=tokens.device)[:, None]
     scored = sample_rows(
