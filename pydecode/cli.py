@@ -28,6 +28,8 @@ app = typer.Typer(
     help="Parallel decoding primitives: tree attention, block diffusion, verification, unmasking.",
 )
 console = Console()
+if not console.is_terminal:  # in a log file, tables need not fit 80 columns
+    console = Console(width=120)
 
 
 @app.command()

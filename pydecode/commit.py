@@ -52,15 +52,15 @@ def commit(
         scores: [B, L] floats, larger is better; -H for the entropy rules, which
             ``confidence="neg_entropy"`` returns. A NaN is never committed.
         window, external_score, k .. max_commit: as in ``unmask``.
-        seed, offset, positions: keys of the posterior rule's draws, as in ``unmask``; where positions
-            do not move on between steps, **advance ``offset`` each step**.
+        seed, offset, positions: keys of the posterior rule's draws, as in ``unmask``; where
+            positions do not move on between steps, **advance ``offset`` each step**.
         uniforms: [B, L] fp32 or fp64, the posterior rule's draws in place of the seeded ones: a row
             commits iff u >= keep.
 
     Returns:
-        ``Unmasked(tokens, committed, num_committed, num_left, confidence)`` as ``unmask``; confidence
-        is ``scores`` in fp32 (fp64 for fp64) at masked rows of the window that can be committed, -inf
-        elsewhere.
+        ``Unmasked(tokens, committed, num_committed, num_left, confidence)`` as ``unmask``; its
+        confidence is ``scores`` in fp32 (fp64 for fp64) at masked rows of the window that can be
+        committed, -inf elsewhere.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or choice that does not fit, by name.

@@ -36,26 +36,26 @@ def coupled_accept(
     """How many drafted tokens the coupled sample of a mixture of two models repeats.
 
     ``y_i = argmax((R l_D + (1-R) l_A) / T + g_i)`` with the very noise g that drafted
-    ``x_i = argmax(l_D / T + g_i)``; the longest prefix with y_i = x_i is accepted (APD, Israel et al.,
-    2025, section 3; coupling without communication, Daliri et al., 2024). y_i follows
+    ``x_i = argmax(l_D / T + g_i)``; the longest prefix with y_i = x_i is accepted (APD, Israel et
+    al., 2025, section 3; coupling without communication, Daliri et al., 2024). y_i follows
     p_D^R p_A^(1-R), normalised; x and y agree at a position with probability
     sum_x 1 / sum_y max(p_y/p_x, q_y/q_x). Emitting x while they agree, as APD does, samples that
     mixture only approximately.
 
-    The drafts must come from ``sample_and_score(draft_logits, sampler="gumbel", ...)`` with the same
-    temperature (whose default there is 0), seed, offset and positions, no filters, and excluded ids
+    The drafts must come from ``sample_and_score(draft_logits, sampler="gumbel", ...)`` with the
+    same temperature (whose default there is 0), seed, offset and positions, no filters, and excluded ids
     at -inf in ``draft_logits``: the noise is regenerated bit for bit.
 
     Args:
-        draft_logits, verifier_logits: [B, M, V], logits or log probabilities (equal up to a constant),
-            fp16, bf16, fp32 or fp64. A -inf rules a token out, unless its weight (R or 1-R) is 0.
+        draft_logits, verifier_logits: [B, M, V], logits or log probabilities (equal up to a
+            constant), fp16, bf16, fp32 or fp64. A -inf rules a token out, unless its weight (R or 1-R) is 0.
         tokens: [B, M] int32 or int64, x. One outside [0, V) ends its request's prefix.
         ratio: R, number in [0, 1], 0-d or [B]: 1 is the draft model alone, 0 the verifier alone.
         temperature: number, 0-d or [B]; 0 draws no noise (the argmax of the mixture).
         seed, offset: int, 0-d or [B]; a scalar seed is mixed with the request's index in the batch.
-        positions: [B, M] int32 or int64, as at the draft's sampling; None: the index in M, which does
-            not move on between steps, so **advance ``offset`` each step**.
-        force_first: the first token is accepted whatever y_1 (so that a step never accepts nothing).
+        positions: [B, M] int32 or int64, as at the draft's sampling; None: the index in M, which
+            does not move on between steps, so **advance ``offset`` each step**.
+        force_first: the first token is accepted whatever y_1, so that every step accepts some.
 
     Returns:
         num_accepted [B] int32. A row with a NaN, or whose mixture rules all tokens out, ends the

@@ -39,8 +39,8 @@ def sample_and_score(
     section 2.4): the confidence is of the un-tempered, unfiltered law unless ``tempered``.
 
     Args:
-        logits: [..., V], fp16, bf16, fp32 or fp64; any strides but the last. [B, V] is B requests of
-            one row, in [..., L, V] all leading dimensions but L belong to B.
+        logits: [..., V], fp16, bf16, fp32 or fp64; any strides but the last. [B, V] is B requests
+            of one row, in [..., L, V] all leading dimensions but L belong to B.
         temperature, top_k, top_p, min_p: number, 0-d or [B]. Temperature 0 takes the argmax (ties:
             the lowest id). Filters run in this order, their supports are value thresholds (ties
             share their fate); off: None, top_k <= 0 or >= V, top_p >= 1, min_p <= 0.
@@ -50,24 +50,24 @@ def sample_and_score(
             temperature 0, where nothing is drawn, that is the filtered law at temperature 1, as in
             Dream (a point mass would rank nothing).
         exclude_ids: an int, a sequence of ints, or an int tensor [n] or [B, n] (ids outside [0, V),
-            such as -1, exclude nothing): logits of -inf, out of the choice, the softmax, the entropy
-            and the lse.
-        allowed: int32 bits [..., ceil(V/32)], a grammar's mask: bit v % 32 of word v // 32 allows v;
-            other tokens count as -inf.
+            such as -1, exclude nothing): logits of -inf, out of the choice, the softmax, the
+            entropy and the lse.
+        allowed: int32 bits [..., ceil(V/32)], a grammar's mask: bit v % 32 of word v // 32 allows
+            v; other tokens count as -inf.
         sampler: "inverse_cdf" takes one uniform a row and the smallest v with cumsum(p)[v] > u;
             "gumbel" one draw a vocabulary entry, argmax(l/T + g): noise keyed by position and token
             that ``coupled_accept`` regenerates.
         seed, offset: int, 0-d or [B]. A [B] seed makes a request's result independent of its batch;
             a scalar seed is mixed with the request's index in the batch.
-        positions: [...], int32 or int64, keys of the draws. None: the index in L (0 for [B, V]). These
-            do not move on between steps, so **advance ``offset`` each step**, or draws repeat.
+        positions: [...], int32 or int64, keys of the draws. None: the index in L (0 for [B, V]).
+            These do not move on between steps, so **advance ``offset`` each step**, or draws repeat.
         uniforms: [...], fp32 or fp64, the draws of "inverse_cdf" in place of the seeded ones.
 
     Returns:
-        ``Scores(tokens, confidence, lse)``, each [...]: int64, and fp32 (fp64 for fp64 logits). ``lse``
-        is the natural log-sum-exp of the un-tempered logits after exclusion. Several +inf logits
-        share the mass. A row with a NaN, with nothing allowed, or of a negative or NaN temperature has
-        token -1 and confidence -inf; its lse is what logsumexp gives (NaN, -inf).
+        ``Scores(tokens, confidence, lse)``, each [...]: int64, and fp32 (fp64 for fp64 logits).
+        ``lse`` is the natural log-sum-exp of the un-tempered logits after exclusion. Several +inf
+        logits share the mass. A row with a NaN, with nothing allowed, or of a negative or NaN
+        temperature has token -1 and confidence -inf; its lse is what logsumexp gives (NaN, -inf).
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, stride or choice that does not fit, by name.

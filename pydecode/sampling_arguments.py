@@ -87,7 +87,7 @@ def token_id(name: str, value: Any, vocab: int | None = None) -> int:
     return value
 
 
-# ---- how rows are sampled and scored --------------------------------------------------------------
+# ---- how rows are sampled and scored -------------------------------------------------------------
 
 
 def seeds(seed: Any, offset: Any, B: int, device: torch.device) -> tuple[Any, ...]:
@@ -176,7 +176,7 @@ def row_sampling(
     uniforms: Any,
     check: bool,
 ) -> tuple[Any, ...]:
-    """The schema's arguments from ``temperature`` to ``uniforms``; rows is the shape of a row each."""
+    """The schema's arguments from ``temperature`` to ``uniforms``; rows: a row's own shape."""
     expect_choice("confidence", confidence, CONFIDENCES)
     expect_choice("sampler", sampler, SAMPLERS)
     if uniforms is not None and sampler == "gumbel":
@@ -196,7 +196,7 @@ def row_sampling(
     )
 
 
-# ---- which rows are committed ---------------------------------------------------------------------
+# ---- which rows are committed --------------------------------------------------------------------
 
 
 def rule_arguments(
@@ -238,7 +238,7 @@ def rule_arguments(
 
 
 def window_of(window: Any, B: int, device: torch.device) -> tuple[int, Tensor | None, int]:
-    """``window=(start, length)`` as the schema's start pair and length; None: start 0, length -1."""
+    """``window=(start, length)`` as the schema has it; None: start 0, length -1."""
     if window is None:
         return 0, None, -1
     if not isinstance(window, Sequence) or isinstance(window, str) or len(window) != 2:

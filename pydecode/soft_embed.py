@@ -23,9 +23,9 @@ def soft_embed(
 ) -> tuple[Tensor, Tensor]:
     """Mixes the mask's embedding with the expected one, the more the surer the model is.
 
-    ``e = (1-a) E[mask_id] + a sum_{v in top-p} p(v) E[v]`` with p renormalised over its top-p support
-    and ``a = ratio (1 - H / log V)``, H the entropy of the whole law (latent refinement decoding,
-    arXiv 2510.11052, eqs. 3-5).
+    ``e = (1-a) E[mask_id] + a sum_{v in top-p} p(v) E[v]`` with p renormalised over its top-p
+    support and ``a = ratio (1 - H / log V)``, H the entropy of the whole law (latent refinement
+    decoding, arXiv 2510.11052, eqs. 3-5).
 
     Args:
         logits: [..., V], fp16, bf16, fp32 or fp64, at temperature 1; nothing is excluded.
@@ -36,8 +36,8 @@ def soft_embed(
 
     Returns:
         (embeddings [..., E] in embedding's dtype, entropy [...] in nats, fp32, or fp64 for fp64
-        logits). A row with a NaN or with nothing allowed gives the mask's embedding, entropy NaN. For
-        V = 1, where H / log V is 0/0, a = ratio.
+        logits). A row with a NaN or with nothing allowed gives the mask's embedding, entropy NaN.
+        For V = 1, where H / log V is 0/0, a = ratio.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or stride that does not fit, by name.

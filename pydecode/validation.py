@@ -5,7 +5,6 @@ synchronisation. What only the device knows is checked by ``data_*`` when ``pyde
 (or PYDECODE_CHECK=1) asks for it; those synchronise, and raise with the offending index.
 """
 
-import math
 import numbers
 import os
 from collections.abc import Sequence

@@ -131,6 +131,14 @@ def test_rows_in_the_cache_past_its_end(op: str, pages: int, backend: str) -> No
         call(op, args, kwargs, backend)
 
 
+def test_pages_of_the_rows_are_checked(backend: str) -> None:
+    """k, v None: the rows lie on pages past the context's length."""
+    args, kwargs = make("tree_attention", own=False, cache_seqlens=4)
+    kwargs["block_table"][1, 2] = -1
+    with pydecode.checks(True), pytest.raises(ValueError, match=r"got -1 at index \[1, 2\]"):
+        call("tree_attention", args, kwargs, backend)
+
+
 def test_replaced_rows_past_the_end(backend: str) -> None:
     args, kwargs = make("block_attention", own=False, cache_seqlens=16, replace_at=13)
     verify("block_attention", args, kwargs, backend)

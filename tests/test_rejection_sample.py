@@ -173,6 +173,8 @@ def test_a_request_alone_and_in_any_batch(rule: str, backend: str) -> None:
     # a scalar seed is mixed with the batch index, as philox.py says
     high = torch.arange(B) << 32
     assert same(run(torch.arange(B), 7), run(torch.arange(B), 7 + high))
+    minus_one = torch.tensor(-1)
+    assert same(run(torch.arange(B), 2**64 - 1), run(torch.arange(B), minus_one))
     twins = run(torch.zeros(64, dtype=torch.int64), 2**64 - 1)
     assert len({tuple(row) for row in twins.tokens.tolist()}) > 8
 

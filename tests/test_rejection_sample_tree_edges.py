@@ -125,5 +125,20 @@ def test_missing_and_wrong_rows(rule: str, backend: str) -> None:
         assert outcome(out) == ([2, 1, 3], [0, 2, 4])
         out = run(draft_row_index=torch.tensor([[0, 1, -1, 3, 4]]), **flat)
         assert outcome(out) == ([2, 1], [0, 2])  # no draft row: its children do not exist
+        greedy = dict(draft_row_index=torch.full((1, 5), -1), temperature=0.0)
+        assert outcome(run(**greedy, **flat)) == ([2, 1, 3], [0, 2, 4])  # which reads none
         out = run(draft_row_index=torch.tensor([[9, 1, 2, 3, 4]]), **flat)
         assert outcome(out) == UNDECIDED
+
+
+@pytest.mark.parametrize("rule", SAMPLED)
+def test_a_zero_residual_falls_back_to_p(rule: str, backend: str) -> None:
+    """Drafts of zero draft probability are rejected; where p equals q nothing else is left."""
+    law = torch.full((1, 5, 4), -INF)
+    law[0, :, 3] = 0.0
+    out = run(law, draft_logits=law, rule=rule, backend=backend)
+    assert outcome(out) == ([3], [0])
+    chain, tokens = torch.tensor([[-1, 0, 1]]), torch.tensor([[0, 3, 1]])  # 3 is sure, 1 impossible
+    chained = dict(tokens=tokens, parents=chain, rule=rule, backend=backend)
+    out = run(law[:, :3], draft_logits=law[:, :3], **chained)
+    assert outcome(out) == ([3, 3], [0, 1])

@@ -43,6 +43,54 @@ def test_bad_rows(rule: str, kind: float | str, backend: str) -> None:
         check(pydecode.verify_greedy(tokens, ids, **kwargs), [([], [])], 6)
 
 
+def test_the_row_of_an_accepted_leaf_is_read_only_if_it_is_the_last(backend: str) -> None:
+    logits = torch.zeros(1, 5, 3)
+    logits[..., 1] = 1.0
+    tokens, parents = torch.ones(1, 5).long(), torch.tensor([[-1, 0, 0, 1, 2]])
+    want = [([1, 1, 1], [0, 1, 3])]  # 4 is as deep
+    for i, max_depth, result in ((4, 2, want), (3, 2, [([], [])]), (2, 1, [([1, 1], [0, 1])])):
+        broken = logits.clone()
+        broken[0, i] = NAN
+        kwargs: dict[str, Any] = dict(parents=parents, max_depth=max_depth, backend=backend)
+        check(pydecode.verify_greedy(tokens, broken, **kwargs), result, max_depth + 1)
+
+
+def test_the_typical_threshold(backend: str) -> None:
+    """min(epsilon, delta exp(-H)) with H = -sum p log(p + 1e-5): just above and just below."""
+    flat, peaked = torch.zeros(1, 2, 64), torch.tensor([0.7, 0.3]).log().expand(1, 2, 2)
+    for logits, epsilon, delta, t, accepted in (
+        (flat, 1.0, 0.998, 1.0, 1),  # p = 1/64, exp(-H) = 1/64 + 1e-5
+        (flat, 1.0, 1.0, 1.0, 0),
+        (peaked, 0.29, 0.9, 1.0, 1),  # exp(-H) = 0.54
+        (peaked, 0.31, 0.9, 1.0, 0),
+        (peaked, 0.31, 0.54, 1.0, 1),
+        (peaked, 0.31, 0.54, 0.5, 0),
+    ):
+        numbers = dict(posterior_threshold=epsilon, posterior_alpha=delta, temperature=t)
+        out = pydecode.verify_greedy(
+            torch.tensor([[1]]), logits, rule="typical", backend=backend, **numbers
+        )
+        assert out.num_accepted.tolist() == [accepted]
+    # temperature 0 is exact, whatever the thresholds
+    numbers = dict(posterior_threshold=2.0, posterior_alpha=2.0, temperature=0)
+    out = pydecode.verify_greedy(torch.tensor([[0]]), peaked, rule="typical", **numbers)
+    assert out.num_accepted.tolist() == [1]
+
+
+def test_k_is_clipped(backend: str) -> None:
+    logits, k = torch.tensor([3.0, 2.0, 1.0]).repeat(5, 2, 1), torch.tensor([-3, 0, 1, 2, 9])
+    for x, want in ((0, [1, 1, 1, 1, 1]), (1, [0, 0, 0, 1, 1]), (2, [0, 0, 0, 0, 1])):
+        tokens = torch.full((5, 1), x)
+        out = pydecode.verify_greedy(tokens, logits, rule="top_k", top_k=k, backend=backend)
+        assert out.num_accepted.tolist() == want
+
+
+def test_a_negative_draft_is_absent_beside_target_ids(backend: str) -> None:
+    near = dict(rule="distance", distance=1, backend=backend)  # of target 0
+    out = pydecode.verify_greedy(torch.tensor([[-1]]), torch.tensor([[0, 3]]), **near)
+    assert out.tokens.tolist() == [[0, -1]]
+
+
 def test_a_nan_temperature_matters_to_typical_only(backend: str) -> None:
     logits, tokens = torch.tensor([[[0.0, 9.0], [9.0, 0.0]]]), torch.tensor([[1]])
     t = torch.tensor([NAN])

@@ -34,9 +34,7 @@ class TinyCausal:
         self.passes = 0
 
     def new_cache(self, batch: int, capacity: int) -> PagedCache:
-        return PagedCache(
-            self.layers, batch, capacity, self.Hkv, self.D, page_size=4, shuffle=True
-        )
+        return PagedCache(self.layers, batch, capacity, self.Hkv, self.D, page_size=4, shuffle=True)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angle = positions[..., None] / 100 ** (torch.arange(self.D // 2) / (self.D // 2))

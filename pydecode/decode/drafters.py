@@ -113,7 +113,9 @@ class PromptLookup:
             chains = [candidates[0] if candidates else [] for candidates in found]
             tokens = [chain + [0] * (width - len(chain)) for chain in chains]
             return Draft(
-                torch.tensor(tokens, dtype=torch.int64, device=last.device).view(len(chains), width),
+                torch.tensor(tokens, dtype=torch.int64, device=last.device).view(
+                    len(chains), width
+                ),
                 torch.tensor([len(chain) for chain in chains], device=last.device),
             )
         count = max(map(len, found), default=0)

@@ -32,7 +32,7 @@ def _accept_lengths(axis: Any, shown: causal_demo.Shown) -> None:
     """Tokens emitted after each forward pass: the steeper, the fewer passes."""
     styles = {"chat": "--", "rewrite": "-"}
     names = [n for p, d, n in shown.outcomes if p == "rewrite" and d == "float32"]
-    names = [n for n in names if not n.startswith("Hugging Face")]
+    names = [n for n in names if not n.startswith("HF ")]
     for prompt, style in styles.items():
         for i, name in enumerate(names):
             accepted = shown.outcomes[prompt, "float32", name].accepted
@@ -61,7 +61,7 @@ def _order(axis: Any, shown: masked_demo.Shown) -> None:
     image = axis.imshow(np.array(rows), aspect="auto", cmap="viridis", vmin=0, vmax=1)
     image.cmap.set_bad("lightgrey")
     labels = [
-        f"{name}: {filled.recovered:.0%}, {filled.passes:.0f} passes"
+        f"{name}: {filled.recovered:.0%}, {filled.passes:.0f} forward"
         for name, filled in shown.by_rule.items()
     ]
     axis.set_yticks(range(len(labels)), labels)

@@ -52,7 +52,7 @@ def commit_kv(
     if k_rows is None or v_rows is None:
         source = slots_of(start + node, block_table, cache)
         valid = valid & source.valid & (source.slot != target.slot)
-    writes = plan_writes(Slots(target.slot, valid))
+    writes = plan_writes(Slots(target.slot, valid), cache.shape[-3])
     for layer, (k_cache, v_cache) in enumerate(zip(layers(k_caches), layers(v_caches))):
         for cache, rows in ((k_cache, k_rows), (v_cache, v_rows)):
             if rows is None:  # all rows are read before the first is written

@@ -49,7 +49,7 @@ def read_rule(
     *,
     like: Tensor,
 ) -> Rule:
-    """The schema's pairs, in the dtype of the scores ``like`` [B, L] that they are compared with."""
+    """The schema's pairs, in the dtype of the scores ``like`` [B, L] that they are held against."""
 
     def read(number: float, tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
         return per_request(number, tensor, like.shape[0], like, dtype)[:, None]

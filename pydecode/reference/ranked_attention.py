@@ -71,7 +71,7 @@ def ranked_attention(
         m, n = (int(queries[b]), int(keys[b])) if on_cpu else (Nq, Nk)
         j = torch.arange(n, device=q.device)
         k_b, v_b, mapped = gather(cache, b, j, dtype)
-        real = mapped & (j < keys[b]) & (k_rank[b, :n] != PAD)
+        real = mapped & (j < keys[b])
         for first in range(0, m, CHUNK):
             i = slice(first, min(first + CHUNK, m))
             rank_i, rank_j = q_rank[b, i, None], k_rank[b, :n]

@@ -55,7 +55,7 @@ def read_sampling(
     batch: int,
     like: Tensor,
 ) -> RowSampling:
-    """The schema's arguments, less the tensors with a row each; ``like`` are the logits [..., V]."""
+    """The schema's arguments, less the tensors with a row each; ``like``: the logits [..., V]."""
     return RowSampling(
         read_filters(
             *(temperature, temperature_tensor, top_k, top_k_tensor),
@@ -127,19 +127,17 @@ def sample_rows(
         drawn = draw(x_t.softmax(-1), uniforms.nan_to_num(0.0).clamp(0, 1))
         tokens = torch.where((temperature == 0)[:, None], first_argmax(x), drawn)
 
-    log_p = x.log_softmax(-1)
     # the largest log p is max - lse: max is exact, and no sum of one long row is split over threads
     peak = logits.amax(-1).to(x.dtype)  # NaN, inf and -inf stay, and are the lse then
-    lse = torch.where(peak.isfinite(), peak - log_p.amax(-1), peak)
-    if s.tempered:
-        log_p = x_t.log_softmax(-1)
+    lse = torch.where(peak.isfinite(), peak - x.log_softmax(-1).amax(-1), peak)
+    scored = x_t if s.tempered else x
     if s.confidence == "probability":
-        confidence = log_p.gather(-1, tokens[..., None])[..., 0].exp()
+        confidence = scored.softmax(-1).gather(-1, tokens[..., None])[..., 0]
     elif s.confidence == "margin":
-        best = log_p.topk(min(2, V), -1).values.exp()
+        best = scored.softmax(-1).topk(min(2, V), -1).values
         confidence = best[..., 0] - best[..., 1] if V > 1 else best[..., 0]
     elif s.confidence == "neg_entropy":
-        confidence = -entropy_of(log_p)
+        confidence = -entropy_of(scored.log_softmax(-1))
     else:
         confidence = row_uniform(philox.RANDOM_CONFIDENCE, s.seed, s.offset, position).to(x.dtype)
     return RowScores(
@@ -164,7 +162,7 @@ def perturbed_argmax(
 ) -> Tensor:
     """argmax_v x_t + g of tempered logits [B, R, V]; no noise where temperature [B] is 0.
 
-    ``coupled_accept`` regenerates this noise. The sum is fp64: in fp32 near-ties would round together.
+    ``coupled_accept`` regenerates this noise. The sum is fp64: fp32 would round near-ties together.
     """
     g = philox.gumbel(philox.DRAFT, seed[:, None], offset[:, None], position.long(), x_t.shape[-1])
     g = torch.where((temperature == 0)[:, None, None], 0.0, g)

@@ -35,7 +35,7 @@ def sample_and_score(
     """Logits [..., V] -> tokens, confidence, lse [...]."""
     rows = logits.shape[:-1]
     x = as_requests(logits)
-    B, R, V = x.shape
+    B, R = x.shape[:2]
     sampling = read_sampling(
         *(temperature, temperature_tensor, top_k, top_k_tensor),
         *(top_p, top_p_tensor, min_p, min_p_tensor),

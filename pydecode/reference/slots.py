@@ -21,7 +21,8 @@ class Slots(NamedTuple):
 class Writes(NamedTuple):
     """Which row goes to which slot. Equal slots take the same row, so their order is no matter."""
 
-    slot: Tensor  # int64 [M]
+    page: Tensor  # int64 [M]
+    offset: Tensor  # int64 [M], within the page
     row: Tensor  # int64 [M]
     some: Tensor  # bool, 0-d: there is a row to write at all
 
@@ -47,7 +48,7 @@ def slots_of(positions: Tensor, block_table: Tensor | None, cache: Tensor) -> Sl
     return Slots(torch.where(valid, page * page_size + offset, 0), valid)
 
 
-def plan_writes(slots: Slots) -> Writes:
+def plan_writes(slots: Slots, page_size: int) -> Writes:
     """The last row of each slot wins; a row that is not valid repeats some other row's write.
 
     Without a valid row at all, slot 0 is rewritten with its own bits.
@@ -56,7 +57,8 @@ def plan_writes(slots: Slots) -> Writes:
     ordered, order = key.sort(stable=True)
     target = torch.where(ordered < 0, ordered[-1], ordered)
     last = torch.searchsorted(ordered, target, right=True) - 1
-    return Writes(target.clamp(min=0), order[last], ordered[-1] >= 0)
+    target = target.clamp(min=0)
+    return Writes(target // page_size, target % page_size, order[last], ordered[-1] >= 0)
 
 
 def read(cache: Tensor, slot: Tensor) -> Tensor:
@@ -66,10 +68,12 @@ def read(cache: Tensor, slot: Tensor) -> Tensor:
 
 def write(cache: Tensor, writes: Writes, rows: Tensor) -> None:
     """Puts rows [M, Hkv, D] of the cache's dtype into their slots, in place."""
-    at = (writes.slot // cache.shape[1], writes.slot % cache.shape[1])
-    cache = _bits(cache)
-    rows = _bits(rows)[writes.row]
-    cache.index_put_(at, torch.where(writes.some, rows, cache[at]))
+    on_cpu = cache.device.type == "cpu"
+    if on_cpu and not writes.some:
+        return
+    at = (writes.page, writes.offset)
+    cache, rows = _bits(cache), _bits(rows).index_select(0, writes.row)
+    cache.index_put_(at, rows if on_cpu else torch.where(writes.some, rows, cache[at]))
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Soft embeddings of masked positions: latent refinement decoding (LRD, eqs. 3-5).
 
-e_i = (1 - a_i) E[mask] + a_i sum over the top-p support of p(v) E[v], a_i = ratio (1 - H_i / log V).
+e_i = (1 - a_i) E[mask] + a_i sum_{v in top-p} p(v) E[v], a_i = ratio (1 - H_i / log V).
 """
 
 import math
@@ -36,7 +36,7 @@ def soft_embed(
     p = x.masked_fill(~support, -torch.inf).softmax(-1)
 
     sure = 1 - entropy / math.log(V) if V > 1 else torch.ones_like(entropy)
-    a = per_request(ratio, ratio_tensor, B, x, x.dtype)[:, None] * sure.clamp(min=0)
+    a = per_request(ratio, ratio_tensor, B, x, x.dtype)[:, None] * sure
     table = embedding[:V].to(torch.promote_types(x.dtype, compute_dtype(embedding.dtype)))
     a = torch.where(good, a, 0.0).to(table.dtype)[..., None]
     # a product a request, on memory of its own: a larger one, or another alignment, has other bits

@@ -6,7 +6,7 @@ a_c = min(1, a_n p'_n(c) / q'_n(c)).
 The first leaf in depth-first order is accepted, with all above it, with probability a. Otherwise
 it is deleted, and its parent takes over what the deletion left of the target:
 
-    R = (a_n p'_n - q'_n)+,  S = sum R,  p'_n <- R / S,  a_n <- S / (S + 1 - a_n) (the root's: 1).
+    R = (a_n p'_n - q'_n)+,  S = sum R,  p'_n <- R / S,  a_n <- S / (S + 1 - a_n) (1 at the root).
     S + 1 - a_n < 1e-6: a_n <- 1, p'_n stays.   Without replacement: q'_n(c) <- 0, renormalised.
 """
 
@@ -25,7 +25,6 @@ def traversal(nodes: Nodes, without_replacement: bool) -> Walked:
     a = torch.ones_like(p[..., 0])
     left = valid & (i > 0)  # not yet deleted
     cur = torch.zeros_like(parents[:, 0])
-    done = torch.zeros_like(nodes.greedy)
     for _ in range(2 * T - 1):  # each node is entered once and left at most once
         # descend to the first child that is left
         first = torch.where(left & (parents == cur[:, None]), i, T).amin(-1)
@@ -36,9 +35,8 @@ def traversal(nodes: Nodes, without_replacement: bool) -> Walked:
         ratio = a[b, cur] * p[b, cur, x] / torch.where(q_x > 0, q_x, 1.0)
         a_child = torch.where(q_x > 0, ratio.clamp(max=1.0), 0.0)
         # or, without children, test the node; the root is what remains when all else is deleted
-        is_root = cur == 0
-        accept = ~enters & (is_root | (u[b, cur] < a[b, cur]))
-        reject = ~enters & ~accept & ~done
+        accept = ~enters & ((cur == 0) | (u[b, cur] < a[b, cur]))
+        reject = ~enters & ~accept
         n, x = at(parents, cur), at(nodes.tokens, cur)
         p_n, q_n, a_n = p[b, n], q[b, n], a[b, n]
         r = (a_n[:, None] * p_n - q_n).clamp(min=0)
@@ -46,15 +44,14 @@ def traversal(nodes: Nodes, without_replacement: bool) -> Walked:
         rest = s[:, 0] + (1 - a_n)
         sure = rest < 1e-6
         p_next = torch.where((s > 0) & ~sure[:, None], r / torch.where(s > 0, s, 1.0), p_n)
-        a_next = torch.where(sure | (n == 0), 1.0, s[:, 0] / torch.where(sure, 1.0, rest))
+        a_next = torch.where(sure, 1.0, s[:, 0] / torch.where(sure, 1.0, rest))
         p[b, n] = torch.where(reject[:, None], p_next, p_n)
         if without_replacement:
             q[b, n] = torch.where(reject[:, None], without(q_n, x), q_n)
         a[b, n] = torch.where(reject, a_next, a_n)
         a[b, child] = torch.where(enters, a_child, a[b, child])
         left[b, cur] = left[b, cur] & ~reject
-        done = done | accept
-        cur = torch.where(done, cur, torch.where(enters, child, n))
+        cur = torch.where(accept, cur, torch.where(enters, child, n))  # an accepted one stays
     has_child = (valid[:, None] & (parents[:, None] == i[:, None]) & (i > 0)).any(-1)
     undecided = (valid & bad_rows(nodes.p)).any(-1)
     undecided = undecided | (valid & has_child & bad_rows(nodes.q)).any(-1)

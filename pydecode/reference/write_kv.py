@@ -39,7 +39,7 @@ def write_kv(
     if B * N == 0 or k_cache.shape[0] * k_cache.shape[1] == 0:
         return q_out
 
-    writes = plan_writes(slots_of(positions, block_table, k_cache))
+    writes = plan_writes(slots_of(positions, block_table, k_cache), k_cache.shape[1])
     k_rows = encode(rotated, scale_argument(k_scale, k_scale_tensor, B, Hkv), k_cache.dtype)
     v_rows = encode(v, scale_argument(v_scale, v_scale_tensor, B, Hkv), v_cache.dtype)
     write(k_cache, writes, k_rows.flatten(0, 1))
