@@ -43,12 +43,13 @@ def coupled_accept(
     mixture only approximately.
 
     The drafts must come from ``sample_and_score(draft_logits, sampler="gumbel", ...)`` with the
-    same temperature (whose default there is 0), seed, offset and positions, no filters, and excluded ids
-    at -inf in ``draft_logits``: the noise is regenerated bit for bit.
+    same temperature (whose default there is 0), seed, offset and positions, no filters, and
+    excluded ids at -inf in ``draft_logits``: the noise is regenerated bit for bit.
 
     Args:
         draft_logits, verifier_logits: [B, M, V], logits or log probabilities (equal up to a
-            constant), fp16, bf16, fp32 or fp64. A -inf rules a token out, unless its weight (R or 1-R) is 0.
+            constant), fp16, bf16, fp32 or fp64. A -inf rules a token out, unless its weight (R or
+            1-R) is 0.
         tokens: [B, M] int32 or int64, x. One outside [0, V) ends its request's prefix.
         ratio: R, number in [0, 1], 0-d or [B]: 1 is the draft model alone, 0 the verifier alone.
         temperature: number, 0-d or [B]; 0 draws no noise (the argmax of the mixture).

@@ -60,7 +60,7 @@ def sample_and_score(
         seed, offset: int, 0-d or [B]. A [B] seed makes a request's result independent of its batch;
             a scalar seed is mixed with the request's index in the batch.
         positions: [...], int32 or int64, keys of the draws. None: the index in L (0 for [B, V]).
-            These do not move on between steps, so **advance ``offset`` each step**, or draws repeat.
+            These do not move on between steps, so **advance ``offset`` each step**.
         uniforms: [...], fp32 or fp64, the draws of "inverse_cdf" in place of the seeded ones.
 
     Returns:

@@ -51,69 +51,69 @@ def unmask(
 ) -> Unmasked:
     """Fills some masked positions of a window from one forward's logits.
 
-     Each masked row of the window gets a token and a confidence c, as in ``sample_and_score``, and a
-     rule commits some of them (LLaDA, Nie et al., 2025, section 2.4; Fast-dLLM, Wu et al., 2025,
-     section 3.3). With c_(1) >= c_(2) >= .. over those rows, ties to the lowest position:
+    Each masked row of the window gets a token and a confidence c, as in ``sample_and_score``, and a
+    rule commits some of them (LLaDA, Nie et al., 2025, section 2.4; Fast-dLLM, Wu et al., 2025,
+    section 3.3). With c_(1) >= c_(2) >= .. over those rows, ties to the lowest position:
 
-    XX= ====================================================================== ===========
-     rule          commits                                                                order
-    XX= ====================================================================== ===========
-     top_k         c_(1..k); k=1 is stepwise                                              confidence
-     threshold     {c >= threshold}; slack > 0: {c >= min(threshold, c_(1) - slack)}      confidence
-     factor        all before the first n >= 2 with c_(n) < 1 - factor/(n+1)              confidence
-     entropy       {H <= threshold}                                                       lowest H
-     entropy_bound ascending H while the sum of the earlier H <= threshold                lowest H
-     prefix        the run of c >= threshold over masked rows, from the leftmost one      leftmost
-     sequential    the k leftmost                                                         leftmost
-     segments      best of each run of adjacent masked rows if c > low; all c > threshold confidence
-     posterior     each with probability 1 - keep                                         position
-     external      {external_score > threshold}                                           that score
-    XX= ====================================================================== ===========
+    ============= ====================================================================== ==========
+    rule          commits                                                                order
+    ============= ====================================================================== ==========
+    top_k         c_(1..k); k=1 is stepwise                                              confidence
+    threshold     {c >= threshold}; slack > 0: {c >= min(threshold, c_(1) - slack)}      confidence
+    factor        all before the first n >= 2 with c_(n) < 1 - factor/(n+1)              confidence
+    entropy       {H <= threshold}                                                       lowest H
+    entropy_bound ascending H while the sum of the earlier H <= threshold                lowest H
+    prefix        the run of c >= threshold over masked rows, from the leftmost one      leftmost
+    sequential    the k leftmost                                                         leftmost
+    segments      best of each run of adjacent masked rows if c > low; all c > threshold confidence
+    posterior     each with probability 1 - keep                                         position
+    external      {external_score > threshold}                                           that score
+    ============= ====================================================================== ==========
 
-     In every rule at least ``min_commit`` and at most ``max_commit`` rows are committed, filled and
-     cut in the rule's order, never more than can be: so a loop of this op ends, as ``mask_id`` is
-     never a choice.
+    In every rule at least ``min_commit`` and at most ``max_commit`` rows are committed, filled and
+    cut in the rule's order, never more than can be: so a loop of this op ends, as ``mask_id`` is
+    never a choice.
 
-     Args:
-         tokens: [B, L] int64; rows that equal ``mask_id`` are masked.
-         logits: [B, L, V], the whole whatever the window; or the window's rows [B, length, V], row j
-             is position start[b] + j; or with ``shift=1`` [B, length+1, V], which start one earlier.
-             fp16, bf16, fp32 or fp64; any strides but the last.
-         mask_id: counts as a logit of -inf, like ``exclude_ids`` (outside [0, V) it excludes nothing).
-         shift: 1 takes position i's token from row i-1, the first from its own first row (Dream,
-             Fast-dLLM v2), without a copy. [B, length, V] gives the window's first position its own
-             first row.
-         window: (start, length): start int, 0-d or [B], length int; clipped to [0, L). None: all.
-         external_score: [B, L] floats for rule="external"; a NaN is never committed.
-         out: [B, L] int64, takes the new tokens, and is ``Unmasked.tokens``; may be ``tokens`` itself.
-         k, threshold, slack, factor, low, keep: number, 0-d or [B]. ``threshold`` is an entropy in
-             nats for the entropy rules, which usually want less than the default (dParallel 0.5).
-         strict: > in place of >= (and < in place of <= for entropies), in threshold, prefix, entropy
-             and entropy_bound; segments, external and factor are as the table says.
-         min_commit: default 1, for posterior 0. max_commit: default no limit. Both static.
-         temperature .. uniforms: as in ``sample_and_score``; ``allowed`` [B, L, ceil(V/32)],
-             ``positions`` and ``uniforms`` [B, L] belong to the position that the token goes to.
-             ``positions=None`` is the index in L, window or not: it does not move on between steps,
-             so **advance ``offset`` each step**. ``uniforms`` are the sampler's; the posterior rule
-             draws its own. The entropy rules take ``confidence="neg_entropy"`` whatever is given.
+    Args:
+        tokens: [B, L] int64; rows that equal ``mask_id`` are masked.
+        logits: [B, L, V], the whole whatever the window; or the window's rows [B, length, V], row j
+            is position start[b] + j; or with ``shift=1`` [B, length+1, V], which start one earlier.
+            fp16, bf16, fp32 or fp64; any strides but the last.
+        mask_id: counts as a logit of -inf, like ``exclude_ids``; outside [0, V) nothing is.
+        shift: 1 takes position i's token from row i-1, the first from its own first row (Dream,
+            Fast-dLLM v2), without a copy. [B, length, V] gives the window's first position its own
+            first row.
+        window: (start, length): start int, 0-d or [B], length int; clipped to [0, L). None: all.
+        external_score: [B, L] floats for rule="external"; a NaN is never committed.
+        out: [B, L] int64, takes the new tokens and is ``Unmasked.tokens``; may be ``tokens``.
+        k, threshold, slack, factor, low, keep: number, 0-d or [B]. ``threshold`` is an entropy in
+            nats for the entropy rules, which usually want less than the default (dParallel 0.5).
+        strict: > in place of >= (and < in place of <= for entropies), in threshold, prefix, entropy
+            and entropy_bound; segments, external and factor are as the table says.
+        min_commit: default 1, for posterior 0. max_commit: default no limit. Both static.
+        temperature .. uniforms: as in ``sample_and_score``; ``allowed`` [B, L, ceil(V/32)],
+            ``positions`` and ``uniforms`` [B, L] belong to the position that the token goes to.
+            ``positions=None`` is the index in L, window or not: it does not move on between steps,
+            so **advance ``offset`` each step**. ``uniforms`` are the sampler's; the posterior rule
+            draws its own. The entropy rules take ``confidence="neg_entropy"`` whatever is given.
 
-     Returns:
-         ``Unmasked(tokens, committed, num_committed, num_left, confidence)``: [B, L] int64, [B, L]
-         bool, [B] int32, masks left in the window [B] int32, and [B, L] fp32 (fp64 for fp64 logits),
-         -inf where no row was read. A masked row with a NaN or with nothing allowed never commits,
-         has confidence -inf, and ends a prefix.
+    Returns:
+        ``Unmasked(tokens, committed, num_committed, num_left, confidence)``: [B, L] int64, [B, L]
+        bool, [B] int32, masks left in the window [B] int32, and [B, L] fp32 (fp64 for fp64 logits),
+        -inf where no row was read. A masked row with a NaN or with nothing allowed never commits,
+        has confidence -inf, and ends a prefix.
 
-     Raises:
-         ValueError, TypeError: a shape, dtype, device, stride or choice that does not fit, by name.
-         BackendUnavailable: the named backend cannot run this call.
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, stride or choice that does not fit, by name.
+        BackendUnavailable: the named backend cannot run this call.
 
-     >>> import torch, pydecode
-     >>> tokens = torch.tensor([[5, 9, 9, 9]])
-     >>> logits = torch.zeros(1, 4, 10)
-     >>> logits[0, 1, 3], logits[0, 2, 7], logits[0, 3, 9] = 8.0, 6.0, 20.0
-     >>> step = pydecode.unmask(tokens, logits, mask_id=9, rule="threshold", threshold=0.9)
-     >>> step.tokens.tolist(), step.num_left.tolist()
-     ([[5, 3, 7, 9]], [1])
+    >>> import torch, pydecode
+    >>> tokens = torch.tensor([[5, 9, 9, 9]])
+    >>> logits = torch.zeros(1, 4, 10)
+    >>> logits[0, 1, 3], logits[0, 2, 7], logits[0, 3, 9] = 8.0, 6.0, 20.0
+    >>> step = pydecode.unmask(tokens, logits, mask_id=9, rule="threshold", threshold=0.9)
+    >>> step.tokens.tolist(), step.num_left.tolist()
+    ([[5, 3, 7, 9]], [1])
     """
     tokens = arguments.expect_tokens("tokens", tokens)
     logits = arguments.expect_logits("logits", logits)

@@ -147,7 +147,7 @@ def signed64(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-# ---- device data (synchronising, only when checking()) --------------------------------------------
+# ---- device data (synchronising, only when checking()) -------------------------------------------
 
 
 def data_range(name: str, x: Tensor, low: int, high: int, where: Tensor | None = None) -> None:

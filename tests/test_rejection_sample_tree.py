@@ -58,6 +58,7 @@ def test_random_trees_by_brute_force(rule: str, with_q: bool, backend: str) -> N
     p[..., 0] += 1e-3
     q[..., 1] += 1e-3
     p[::3] = q[::3] + 1e-3 * p[::3]  # nearly equal laws: a residual of 1e-3, which still counts
+    p[1::3] = q[1::3] + 1e-8 * p[1::3]  # and one which to traversal is none
     p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
     tokens = rng.integers(0, V, (B, T))
     parents = np.array([random_parents(T, rng) for _ in range(B)])

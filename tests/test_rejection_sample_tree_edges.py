@@ -99,7 +99,10 @@ def test_nodes_that_do_not_exist(what: str, rule: str, backend: str) -> None:
         kwargs["num_drafts"] = 3
     else:
         kwargs["max_depth"] = 1
-    out = run(tokens=tokens, parents=parents, rule=rule, backend=backend, **kwargs)
+    target = sure_target()  # their rows are not read
+    target[0, [2, 4] if cut == 2 else 4] = NAN
+    target[0, 3] = NAN if what in ("cycle", "depth") else target[0, 3]
+    out = run(target, tokens=tokens, parents=parents, rule=rule, backend=backend, **kwargs)
     assert outcome(out) == (([2], [0]) if cut == 2 else ([2, 1], [0, 2]))
     assert out.tokens.shape == (1, 2 if what == "depth" else 5)
 

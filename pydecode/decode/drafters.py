@@ -111,9 +111,9 @@ class PromptLookup:
         width = max(self.proposed, default=0)
         if self.candidates == 1:
             chains = [candidates[0] if candidates else [] for candidates in found]
-            tokens = [chain + [0] * (width - len(chain)) for chain in chains]
+            rows = [chain + [0] * (width - len(chain)) for chain in chains]
             return Draft(
-                torch.tensor(tokens, dtype=torch.int64, device=last.device).view(
+                torch.tensor(rows, dtype=torch.int64, device=last.device).view(
                     len(chains), width
                 ),
                 torch.tensor([len(chain) for chain in chains], device=last.device),

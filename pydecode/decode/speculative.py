@@ -140,12 +140,12 @@ def _verify(
     seed: int | Tensor,
     filters: dict[str, Any],
 ) -> pydecode.Verified:
-    tree = {} if draft.parents is None else {"max_depth": draft.max_depth}
+    tree: dict[str, Any] = {} if draft.parents is None else {"max_depth": draft.max_depth}
     if temperature == 0:
         return pydecode.verify_greedy(
             draft.tokens, logits, parents=draft.parents, num_drafts=draft.num_drafts, **tree
         )
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         draft_logits=draft.logits,
         num_drafts=draft.num_drafts,
         temperature=temperature,

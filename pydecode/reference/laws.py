@@ -61,7 +61,7 @@ def filters(
 def take_rows(x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [B, R, V] of [B, R, V], or of [rows, V] by index [B, R].
 
-    Also ``present`` (the index is not -1) and ``inside`` (it is a row of x); other rows are NaN-free
+    Also ``present`` (the index is not -1) and ``inside`` (it is a row of x); others are NaN-free
     stand-ins that nobody may read.
     """
     if index is None:
@@ -120,7 +120,8 @@ def filtered_support(x: Tensor, f: Filters) -> Tensor:
         p = x.masked_fill(~keep, -torch.inf).softmax(-1)
         top_p = f.top_p[:, None, None]
         ordered = p.sort(-1, descending=True).values
-        above = ordered.cumsum(-1) - ordered  # mass before each rank
+        mass = ordered.cumsum(-1)
+        above = torch.nn.functional.pad(mass[..., :-1], (1, 0))  # before each rank
         last = (above < top_p).sum(-1, keepdim=True) - 1  # ties with it stay as well
         edge = ordered.gather(-1, last.clamp(min=0))
         keep = keep & ((p >= edge) | (top_p >= 1))
@@ -129,6 +130,18 @@ def filtered_support(x: Tensor, f: Filters) -> Tensor:
         min_p = f.min_p[:, None, None]
         keep = keep & ((p >= min_p * p.amax(-1, keepdim=True)) | (min_p <= 0))
     return keep
+
+
+def tempered_logits(x: Tensor, temperature: Tensor) -> Tensor:
+    """x / T of rows [B, R, V], T [B]; T = 0 (greedy, no law) counts as 1.
+
+    A row that a tiny T would overflow is taken less its maximum; -inf stays -inf at T = inf too.
+    """
+    t = torch.where(temperature > 0, temperature, 1.0).to(x.dtype)[:, None, None]
+    scaled, nothing = x / t, x == -torch.inf
+    overflows = (scaled.isinf() & ~nothing).any(-1, keepdim=True)
+    scaled = torch.where(overflows, (x - x.amax(-1, keepdim=True)) / t, scaled)
+    return scaled.masked_fill(nothing, -torch.inf)
 
 
 def logits_law(x: Tensor, f: Filters, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -141,9 +154,8 @@ def logits_law(x: Tensor, f: Filters, allowed: Tensor | None = None) -> tuple[Te
         x = x.masked_fill(~allowed_bits(allowed, x.shape[-1]), -torch.inf)
     x, good = usable_logits(x)
     x = torch.where(good[..., None], x, 0.0)
-    t = f.temperature.to(x.dtype)[:, None, None]
-    greedy = t == 0
-    x_t = x / torch.where(greedy | ~(t > 0), 1.0, t)
+    greedy = (f.temperature == 0)[:, None, None]
+    x_t = tempered_logits(x, f.temperature)
     keep = filtered_support(x_t, f)
     p = torch.where(greedy, one_hot_argmax(x), x_t.masked_fill(~keep, -torch.inf).softmax(-1))
     good = good & (f.temperature >= 0)[:, None]

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from .laws import Filters, allowed_bits, draw, filtered_support, first_argmax, usable_logits
+from .laws import (
+    Filters,
+    allowed_bits,
+    draw,
+    filtered_support,
+    first_argmax,
+    tempered_logits,
+    usable_logits,
+)
 from .laws import filters as read_filters
 from .numbers import per_request
 
@@ -143,18 +151,6 @@ def sample_rows(
     return RowScores(
         torch.where(good, tokens, -1), torch.where(good, confidence, -torch.inf), lse, good
     )
-
-
-def tempered_logits(x: Tensor, temperature: Tensor) -> Tensor:
-    """x / T of rows [B, R, V], T [B]; T = 0 (greedy, no law) counts as 1.
-
-    A row that a tiny T would overflow is taken less its maximum; -inf stays -inf at T = inf too.
-    """
-    t = torch.where(temperature > 0, temperature, 1.0).to(x.dtype)[:, None, None]
-    scaled, nothing = x / t, x == -torch.inf
-    overflows = (scaled.isinf() & ~nothing).any(-1, keepdim=True)
-    scaled = torch.where(overflows, (x - x.amax(-1, keepdim=True)) / t, scaled)
-    return scaled.masked_fill(nothing, -torch.inf)
 
 
 def perturbed_argmax(

@@ -25,7 +25,7 @@ def traversal(nodes: Nodes, without_replacement: bool) -> Walked:
     a = torch.ones_like(p[..., 0])
     left = valid & (i > 0)  # not yet deleted
     cur = torch.zeros_like(parents[:, 0])
-    for _ in range(2 * T - 1):  # each node is entered once and left at most once
+    for _ in range(2 * T - 2):  # each node but the root is entered once, and left at most once
         # descend to the first child that is left
         first = torch.where(left & (parents == cur[:, None]), i, T).amin(-1)
         enters = first < T
@@ -43,7 +43,7 @@ def traversal(nodes: Nodes, without_replacement: bool) -> Walked:
         s = total(r)
         rest = s[:, 0] + (1 - a_n)
         sure = rest < 1e-6
-        p_next = torch.where((s > 0) & ~sure[:, None], r / torch.where(s > 0, s, 1.0), p_n)
+        p_next = torch.where(sure[:, None], p_n, r / torch.where(s > 0, s, 1.0))
         a_next = torch.where(sure, 1.0, s[:, 0] / torch.where(sure, 1.0, rest))
         p[b, n] = torch.where(reject[:, None], p_next, p_n)
         if without_replacement:
