@@ -91,6 +91,17 @@ def test_slots() -> None:
     assert cache.slots(7, torch.tensor([7, 6])).shape == (2, 7)  # only valid rows count
 
 
+def test_write_reaches_each_layer_and_nothing_else() -> None:
+    cache, k, v = filled(shuffle=True)
+    rows = [torch.randn(2, 2, 2, 8) for _ in range(2)], [torch.randn(2, 2, 2, 4) for _ in range(2)]
+    slots = cache.slots(2, torch.tensor([2, 1]))
+    cache.write((2, 0), *rows, slots)
+    for got, expected, new in zip(dense(cache), (k, v), rows):
+        for layer, x in zip((2, 0), new):
+            expected[layer, 0, 3:5], expected[layer, 1, 6] = x[0], x[1, 0]
+        assert torch.equal(got[:, :, :10], expected)
+
+
 def test_rows_are_views_of_the_same_pool() -> None:
     cache, k, _ = filled(shuffle=True)
     one = cache.rows(slice(0, 1))

@@ -1,7 +1,7 @@
 """The attention function that pydecode registers with Hugging Face transformers.
 
-- Handed a ``Step`` (by ``CausalLM``), it writes the rows' keys and values into a paged cache that
-  lives outside the model, and attends with ``tree_attention``;
+- Handed a ``Step`` (by ``CausalLM``), it attends with ``tree_attention`` over a paged cache that
+  lives outside the model, and leaves the rows' keys and values in the step, to be written;
 - otherwise it is plain attention over what the model hands over, with ``ranked_attention``.
 """
 
@@ -30,8 +30,9 @@ class Step(NamedTuple):
     cache: PagedCache
     mask: Tensor | str
     num_tokens: Tensor | None
-    slots: Tensor  # [B, N], where the rows' K/V are written
     positions: Tensor  # [B, N], rotary positions: a sliding window counts in these
+    # layer -> its rows' own (k, v), for the caller to write once all layers are through
+    fresh: dict[int, tuple[Tensor, Tensor]]
 
 
 def register() -> None:
@@ -102,7 +103,7 @@ def _attend_step(
         raise ValueError("past_key_values: expected none beside pydecode_step, which has the cache")
     k_cache, v_cache = cache.layer(layer)
     window = scores["window_size"]
-    pydecode.write_kv(k, v, k_cache, v_cache, positions=step.slots, block_table=cache.block_table)
+    step.fresh[layer] = (k, v)
     return pydecode.tree_attention(
         *(q, k_cache, v_cache, k, v),
         mask=step.mask if window is None or q.shape[1] <= window else _windowed(step, window),

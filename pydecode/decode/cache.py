@@ -1,9 +1,12 @@
 """The paged K/V cache that the decode loops share: plain tensors, and nothing of any model."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..commit_kv import commit_kv
+from ..write_kv import write_kv
 
 
 class PagedCache:
@@ -12,7 +15,7 @@ class PagedCache:
     Every request owns ``ceil(capacity / page_size)`` pages of one pool. The ops take its parts as
     they are: ``tree_attention(q, *cache.layer(i), cache_seqlens=cache.lengths,
     block_table=cache.block_table, ...)``. Rows in flight are written behind ``lengths`` (see
-    ``slots``), and become context by ``commit``.
+    ``slots`` and ``write``), and become context by ``commit``.
 
     Attributes:
         k: [layers, num_pages, page_size, Hkv, D]. v: the same with Dv.
@@ -89,6 +92,24 @@ class PagedCache:
                     f"got a cache of {self.capacity} positions a request"
                 )
         return slots
+
+    def write(
+        self, layers: Sequence[int], k: Sequence[Tensor], v: Sequence[Tensor], slots: Tensor
+    ) -> None:
+        """Puts rows' keys and values, [B, N, Hkv, D] a layer, into their slots: one ``write_kv``.
+
+        To it a layer is a request: all layers' pages are one pool, each layer's behind the last's.
+        """
+        num_pages = self.k.shape[1]
+        first = torch.tensor(layers, device=slots.device)[:, None, None] * num_pages
+        write_kv(
+            torch.cat(tuple(k)),
+            torch.cat(tuple(v)),
+            self.k.flatten(0, 1),
+            self.v.flatten(0, 1),
+            positions=slots.repeat(len(layers), 1),
+            block_table=(first + self.block_table).flatten(0, 1),
+        )
 
     def commit(self, path: Tensor, num_accepted: Tensor) -> None:
         """Makes an accepted path of the rows in flight context, in all layers (``commit_kv``).

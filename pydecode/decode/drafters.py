@@ -113,9 +113,7 @@ class PromptLookup:
             chains = [candidates[0] if candidates else [] for candidates in found]
             rows = [chain + [0] * (width - len(chain)) for chain in chains]
             return Draft(
-                torch.tensor(rows, dtype=torch.int64, device=last.device).view(
-                    len(chains), width
-                ),
+                torch.tensor(rows, dtype=torch.int64, device=last.device).view(len(chains), width),
                 torch.tensor([len(chain) for chain in chains], device=last.device),
             )
         count = max(map(len, found), default=0)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .memo import remember_last
 from .numbers import compute_dtype
 
 
@@ -31,10 +32,6 @@ class Cache(NamedTuple):
     block_table: Tensor | None
     k_scale: Tensor | float  # a float, or [B, Hkv]
     v_scale: Tensor | float
-
-    @property
-    def scaled(self) -> bool:
-        return any(isinstance(x, Tensor) or x != 1.0 for x in (self.k_scale, self.v_scale))
 
     @property
     def capacity(self) -> int:
@@ -80,7 +77,8 @@ def attend(
     softmax_scale: float,
     softcap: float,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T) v of one request under an explicit mask.
 
     q [Hq, N, D], k [Hkv, S, D], v [Hkv, S, Dv], visible bool [N, S] -> out [Hq, N, Dv],
@@ -92,23 +90,21 @@ def attend(
     s = ((softmax_scale * q).reshape(Hkv, group * N, D) @ k.mT).view(Hkv, group, N, S)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
-    s = s.masked_fill(~visible, -torch.inf)
-    # log-sum-exp, with -inf for a row that sees nothing, and the sink as one more logit
-    top = s.amax(-1) if S else s.new_full((Hkv, group, N), -torch.inf)
-    if sinks is not None:
-        sink = sinks.to(s.dtype).view(Hkv, group, 1)
-        top = torch.maximum(top, sink)
-    base = top.clamp(min=torch.finfo(s.dtype).min)  # finite, so that exp(-inf - base) is 0
-    p = (s - base[..., None]).exp_()
-    total = p.sum(-1)
-    if sinks is not None:
-        total = total + torch.exp(sink - base)
-    p = p.div_(torch.where(total == 0, 1.0, total)[..., None]).view(Hkv, group * N, S)
+    s.masked_fill_(~visible, -torch.inf)
+    if sinks is not None:  # one more logit a head, with no value
+        s = torch.cat([s, sinks.to(s.dtype).view(Hkv, group, 1, 1).expand(-1, -1, N, 1)], dim=-1)
+    lse = None
+    if return_lse:
+        lse = s.logsumexp(-1) if s.shape[-1] else s.new_full((Hkv, group, N), -torch.inf)
+        lse = lse.view(Hq, N)
+    p = s.softmax(-1)[..., :S].reshape(Hkv, group * N, S)
+    if sinks is None:  # a row that sees nothing gives 0
+        nothing = (~visible.any(-1)).repeat(group)
+        p.masked_fill_(nothing[:, None], 0.0)
     out = p @ v
     if out.device.type != "cpu" or not out.sum().isfinite():
         out = _weigh_selected(p, v, visible.repeat(group, 1))
-    lse = base + torch.log(total)
-    return out.view(Hq, N, Dv), lse.view(Hq, N)
+    return out.view(Hq, N, Dv), lse
 
 
 def _weigh_selected(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -120,43 +116,127 @@ def _weigh_selected(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     return torch.where(seen @ v.isnan().to(v.dtype) > 0, torch.nan, out)
 
 
-def gather(cache: Cache, b: int, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """K [n, Hkv, D], V [n, Hkv, Dv] of request b's cache positions [n], and which are mapped."""
-    inside = (positions >= 0) & (positions < cache.capacity)
-    safe = torch.where(inside, positions, 0)
-    if cache.capacity == 0 or cache.k.shape[0] == 0:  # nothing to index
-        shape = (positions.shape[0], cache.k.shape[2])
-        k = cache.k.new_zeros(*shape, cache.k.shape[3], dtype=dtype)
-        return k, k.new_zeros(*shape, cache.v.shape[3]), torch.zeros_like(inside)
-    if cache.block_table is None:
-        k, v, mapped = cache.k[b, safe], cache.v[b, safe], inside
+def locate(
+    positions: Tensor, b: int, block_table: Tensor | None, num_pages: int, page_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Page and offset of request b's cache positions [n], and which of them are mapped.
+
+    Without a table a request is its own page. What is not mapped lies at page 0, offset 0.
+    """
+    if block_table is None:
+        mapped = (positions >= 0) & (positions < page_size)
+        page = torch.full_like(positions, b)
+    elif num_pages * page_size * block_table.shape[1] == 0:  # nothing to index
+        mapped = torch.zeros_like(positions, dtype=torch.bool)
+        page = torch.zeros_like(positions)
     else:
-        num_pages, page_size = cache.k.shape[:2]
-        page = cache.block_table[b].long()[safe // page_size]
-        mapped = inside & (page >= 0) & (page < num_pages)
-        page = torch.where(mapped, page, 0)
-        k, v = cache.k[page, safe % page_size], cache.v[page, safe % page_size]
-    return _scaled(k, cache.k_scale, b, dtype), _scaled(v, cache.v_scale, b, dtype), mapped
+        capacity = block_table.shape[1] * page_size
+        mapped = (positions >= 0) & (positions < capacity)
+        page = block_table[b].long()[torch.where(mapped, positions, 0) // page_size]
+        mapped = mapped & (page >= 0) & (page < num_pages)
+    offset = positions % max(page_size, 1)
+    return torch.where(mapped, page, 0), torch.where(mapped, offset, 0), mapped
 
 
-def gather_first(cache: Cache, b: int, n: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """``gather`` of the positions 0 .. n-1, page by page."""
-    if cache.block_table is None or n == 0 or cache.k.shape[0] == 0:
-        return gather(cache, b, torch.arange(n, device=cache.k.device), dtype)
-    num_pages, page_size = cache.k.shape[:2]
-    page = cache.block_table[b, : -(-n // page_size)].long()
-    inside = (page >= 0) & (page < num_pages)
-    page = torch.where(inside, page, 0)
-    k, v = (x.index_select(0, page).flatten(0, 1)[:n] for x in (cache.k, cache.v))
-    mapped = inside[:, None].expand(-1, page_size).flatten()[:n]
-    return _scaled(k, cache.k_scale, b, dtype), _scaled(v, cache.v_scale, b, dtype), mapped
+def context_pages(
+    n: int, b: int, block_table: Tensor | None, num_pages: int, page_size: int
+) -> Tensor | None:
+    """The pages of request b's positions 0 .. n-1 (page 0 for an unmapped one); None: no table."""
+    if block_table is None or num_pages == 0:
+        return None
+    page = block_table[b, : -(-n // max(page_size, 1))].long()
+    return torch.where((page >= 0) & (page < num_pages), page, 0)
 
 
-def _scaled(x: Tensor, scale: Tensor | float, b: int, dtype: torch.dtype) -> Tensor:
-    x = x.to(dtype)
+def read_context(x: Tensor, b: int, n: int, page: Tensor | None) -> Tensor:
+    """K or V [n, H, D] of request b's positions 0 .. n-1 out of the cache x, as it is stored."""
+    if page is not None:
+        return x.index_select(0, page).flatten(0, 1)[:n]
+    return x[b, :n] if x.shape[0] else x.new_zeros(n, *x.shape[2:])  # a pool without pages
+
+
+class Seen(NamedTuple):
+    """What the rows of one request read and see."""
+
+    n: int  # context positions that are read
+    m: int  # rows that are computed
+    page: Tensor | None  # [ceil(n / page_size)], the context's pages; None: no table
+    row_page: Tensor | None  # [m], where the rows' own K/V lie, if in the cache
+    row_offset: Tensor | None
+    visible: Tensor  # bool [m, n + m]: row i sees cached position j, row i sees row j - n
+
+
+@remember_last
+def what_rows_see(
+    B: int,
+    N: int,
+    on_cpu: bool,
+    block_table: Tensor | None,
+    num_pages: int,
+    page_size: int,
+    stop: Tensor,
+    start: Tensor | None,
+    hole: Tensor | None,
+    hole_end: Tensor | None,
+    lowest: Tensor | None,
+    local: Tensor,
+    valid: Tensor | None,
+    rows_at: Tensor | None,
+) -> list[Seen]:
+    """One ``Seen`` a request, from metadata alone. rows_at: [B] if the rows' K/V are cached."""
+    capacity = page_size * (1 if block_table is None else block_table.shape[1])
+    i = torch.arange(N, device=stop.device)
+    result = []
+    for b in range(B):
+        n = min(max(int(stop[b]), 0), capacity) if on_cpu else capacity
+        m = N  # so on the CPU a ragged request is computed as if it were alone
+        if on_cpu and valid is not None and N:
+            m = int(torch.where(valid[b], i + 1, 0).max())
+        # the context
+        at = torch.arange(n, device=stop.device)
+        _, _, mapped = locate(at, b, block_table, num_pages, page_size)
+        sees = (mapped & (at < stop[b])).expand(m, n)
+        if start is not None:
+            sees = sees & (at >= start[b])
+        if hole is not None and hole_end is not None:
+            sees = sees & ~((at >= hole[b]) & (at < hole_end[b]))
+        if lowest is not None:
+            sees = sees & (at >= lowest[b, :m, None])
+        page = context_pages(n, b, block_table, num_pages, page_size)
+        # the rows in flight
+        among = local[b if local.shape[0] > 1 else 0, :m, :m]
+        row_page = row_offset = None
+        if rows_at is not None:
+            where = (rows_at[b] + i[:m], b, block_table, num_pages, page_size)
+            row_page, row_offset, mapped = locate(*where)
+            among = among & mapped
+        if valid is not None:
+            among = among & valid[b, :m] & valid[b, :m, None]
+            sees = sees & valid[b, :m, None]
+        visible = torch.cat([sees, among], dim=1)
+        result.append(Seen(n, m, page, row_page, row_offset, visible))
+    return result
+
+
+def gather(x: Tensor, b: int, seen: Seen, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """K or V [n + m, H, D] of request b: its context out of the cache x, then its rows."""
+    context = read_context(x, b, seen.n, seen.page)
+    if rows is not None:
+        own = rows[b, : seen.m]
+    elif x.shape[0] * x.shape[1]:
+        own = x[seen.row_page, seen.row_offset]
+    else:
+        own = x.new_zeros(seen.m, *x.shape[2:])
+    return torch.cat([context.to(dtype), own.to(dtype)])
+
+
+def scaled(x: Tensor, scale: Tensor | float, b: int, cached: int) -> Tensor:
+    """The first ``cached`` rows of x [n + m, H, D] times the cache's scale."""
     if isinstance(scale, Tensor):
-        return x * scale[b].to(dtype)[:, None]
-    return x if scale == 1.0 else x * scale
+        scale = scale[b].to(x.dtype)[:, None]
+    elif scale == 1.0:
+        return x
+    return torch.cat([x[:cached] * scale, x[cached:]])
 
 
 def attend_cached(
@@ -172,61 +252,46 @@ def attend_cached(
     softmax_scale: float,
     softcap: float,
     sinks: Tensor | None,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Rows in flight q [B, N, Hq, D] over their context and each other.
 
     local bool [B|1, N, N]: row i sees row j. valid bool [B, N]: rows of a ragged batch; the others
     see nothing, not even a sink. k, v None: the rows' own K/V lie in the cache at rows_at[b] + j.
-    Returns out [B, N, Hq, Dv], lse [B, Hq, N].
+    Returns out [B, N, Hq, Dv], lse [B, Hq, N] (-inf if nobody asks for it).
     """
     B, N, Hq, _ = q.shape
     dtype = compute_dtype(q.dtype)
     out = q.new_zeros(B, N, Hq, cache.v.shape[-1])
     lse = q.new_full((B, Hq, N), -torch.inf, dtype=dtype)
-    on_cpu = q.device.type == "cpu"
-    i = torch.arange(N, device=q.device)
-    # unscaled K/V of q's own dtype are gathered as they are, and converted once they are together
-    as_is = cache.k.dtype == cache.v.dtype == q.dtype and not cache.scaled
-    kept = q.dtype if as_is else dtype
-    for b in range(B):
-        n = min(max(int(context.stop[b]), 0), cache.capacity) if on_cpu else cache.capacity
-        m = N  # rows; so on the CPU a ragged request is computed as if it were alone
-        if on_cpu and valid is not None and N:
-            m = int(torch.where(valid[b], i + 1, 0).max())
-        # context: cached K/V and which rows see them
-        at = torch.arange(n, device=q.device)
-        k_context, v_context, mapped = gather_first(cache, b, n, kept)
-        sees = (mapped if on_cpu else mapped & (at < context.stop[b])).expand(m, n)
-        if context.start is not None:
-            sees = sees & (at >= context.start[b])
-        if context.hole is not None and context.hole_end is not None:
-            sees = sees & ~((at >= context.hole[b]) & (at < context.hole_end[b]))
-        if context.lowest is not None:
-            sees = sees & (at >= context.lowest[b, :m, None])
-        # rows in flight: their own K/V and who sees whom
-        among = local[b if local.shape[0] > 1 else 0, :m, :m]
-        if k is None or v is None:
-            k_rows, v_rows, mapped = gather(cache, b, rows_at[b] + i[:m], kept)
-            among = among & mapped
-        else:
-            k_rows, v_rows = k[b, :m].to(kept), v[b, :m].to(kept)
-        if valid is not None:
-            among = among & valid[b, :m] & valid[b, :m, None]
-            sees = sees & valid[b, :m, None]
+    fresh = k is not None and v is not None
+    everything = what_rows_see(
+        *(B, N, q.device.type == "cpu", cache.block_table, *cache.k.shape[:2]),
+        *(context.stop, context.start, context.hole, context.hole_end, context.lowest),
+        *(local, valid, None if fresh else rows_at),
+    )
+    # 16-bit K/V are put together as they are, and converted once
+    as_is = cache.k.dtype == cache.v.dtype == q.dtype
+    together = q.dtype if as_is else dtype
+    for b, seen in enumerate(everything):
+        m, cached = seen.m, seen.n if fresh else seen.n + seen.m
+        keys = gather(cache.k, b, seen, k if fresh else None, together).to(dtype)
+        values = gather(cache.v, b, seen, v if fresh else None, together).to(dtype)
         out_b, lse_b = attend(
             q[b, :m].to(dtype).transpose(0, 1),
-            torch.cat([k_context, k_rows]).to(dtype).transpose(0, 1),
-            torch.cat([v_context, v_rows]).to(dtype).transpose(0, 1),
-            torch.cat([sees, among], dim=1),
+            scaled(keys, cache.k_scale, b, cached).transpose(0, 1),
+            scaled(values, cache.v_scale, b, cached).transpose(0, 1),
+            seen.visible,
             softmax_scale=softmax_scale,
             softcap=softcap,
             sinks=sinks,
+            return_lse=return_lse,
         )
         if valid is not None:
             out_b = torch.where(valid[b, :m, None], out_b, 0.0)
-            lse_b = torch.where(valid[b, :m], lse_b, -torch.inf)
-        out[b, :m] = out_b.transpose(0, 1).to(q.dtype)
-        lse[b, :, :m] = lse_b
+        out[b, :m] = out_b.transpose(0, 1)
+        if lse_b is not None:
+            lse[b, :, :m] = lse_b if valid is None else lse_b.where(valid[b, :m], -torch.inf)
     return out, lse
 
 

@@ -83,6 +83,7 @@ def block_attention(
         softmax_scale=softmax_scale,
         softcap=softcap,
         sinks=sinks,
+        return_lse=return_lse,
     )
     return unpad_packed(cu_seqlens_q, total, return_lse, out, lse)
 

@@ -74,6 +74,7 @@ def branch_attention(
         softmax_scale=softmax_scale,
         softcap=softcap,
         sinks=sinks,
+        return_lse=return_lse,
     )
     out = out.view(B, K, L, Hq, v.shape[-1])
     if not return_lse:

@@ -47,10 +47,10 @@ def commit_kv(
     keep = good[:, None] & (j <= num_accepted[:, None])
     node = torch.where(keep, path.long(), 0)
     start = torch.where(good, cache_seqlens.long(), 0)[:, None]
-    target = slots_of(start + j, block_table, cache)
+    target = slots_of(start + j, block_table, *cache.shape[-4:-2])
     valid = keep & target.valid
     if k_rows is None or v_rows is None:
-        source = slots_of(start + node, block_table, cache)
+        source = slots_of(start + node, block_table, *cache.shape[-4:-2])
         valid = valid & source.valid & (source.slot != target.slot)
     writes = plan_writes(Slots(target.slot, valid), cache.shape[-3])
     for layer, (k_cache, v_cache) in enumerate(zip(layers(k_caches), layers(v_caches))):

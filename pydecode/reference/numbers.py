@@ -5,11 +5,16 @@ from torch import Tensor
 
 
 def per_request(
-    number: float | int, tensor: Tensor | None, batch: int, like: Tensor, dtype: torch.dtype
+    number: float | int,
+    tensor: Tensor | None,
+    batch: int,
+    like: Tensor | torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The pair as one value a request, [B], on the device of ``like``."""
+    """The pair as one value a request, [B], on a device or the device of ``like``."""
     if tensor is None:
-        return torch.full((batch,), number, dtype=dtype, device=like.device)
+        device = like if isinstance(like, torch.device) else like.device
+        return torch.full((batch,), number, dtype=dtype, device=device)
     return tensor.to(dtype).expand(batch)
 
 

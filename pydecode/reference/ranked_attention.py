@@ -7,7 +7,17 @@ section 3.2), bidirectional, padded, and visual groups and wavefronts are all te
 import torch
 from torch import Tensor
 
-from .attention import attend, cache_of, gather, lengths_of, pad_packed, unpad_packed
+from .attention import (
+    attend,
+    cache_of,
+    context_pages,
+    lengths_of,
+    locate,
+    pad_packed,
+    read_context,
+    scaled,
+    unpad_packed,
+)
 from .numbers import compute_dtype, per_request
 
 PAD = 2**31 - 1  # the rank of padding
@@ -70,7 +80,10 @@ def ranked_attention(
         # on the CPU the lengths are free to read, so only valid queries and keys are touched
         m, n = (int(queries[b]), int(keys[b])) if on_cpu else (Nq, Nk)
         j = torch.arange(n, device=q.device)
-        k_b, v_b, mapped = gather(cache, b, j, dtype)
+        page = context_pages(n, b, block_table, *k.shape[:2])
+        k_b = scaled(read_context(k, b, n, page).to(dtype), cache.k_scale, b, n)
+        v_b = scaled(read_context(v, b, n, page).to(dtype), cache.v_scale, b, n)
+        _, _, mapped = locate(j, b, block_table, *k.shape[:2])
         real = mapped & (j < keys[b])
         for first in range(0, m, CHUNK):
             i = slice(first, min(first + CHUNK, m))
@@ -88,6 +101,7 @@ def ranked_attention(
                 softcap=softcap,
                 sinks=sinks,
             )
+            assert lse_i is not None
             out[b, i] = torch.where(valid[:, None], out_i, 0.0).transpose(0, 1).to(q.dtype)
             lse[b, :, i] = torch.where(valid, lse_i, -torch.inf)
     return unpad_packed(cu_seqlens_q, total, return_lse, out, lse)

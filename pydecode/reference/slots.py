@@ -32,13 +32,13 @@ def capacity_of(cache: Tensor, block_table: Tensor | None) -> int:
     return cache.shape[-3] * (1 if block_table is None else block_table.shape[1])
 
 
-def slots_of(positions: Tensor, block_table: Tensor | None, cache: Tensor) -> Slots:
+def slots_of(positions: Tensor, block_table: Tensor | None, pages: int, page_size: int) -> Slots:
     """Slots of cache positions [B, N] in a cache [..., pages or B, page_size or S, Hkv, D]."""
-    pages, page_size = cache.shape[-4:-2]
+    capacity = page_size * (1 if block_table is None else block_table.shape[1])
     at = positions.long()
-    valid = (at >= 0) & (at < capacity_of(cache, block_table))
+    valid = (at >= 0) & (at < capacity)
     at = torch.where(valid, at, 0)
-    if pages == 0 or capacity_of(cache, block_table) == 0:
+    if pages == 0 or capacity == 0:
         return Slots(at, torch.zeros_like(valid))
     if block_table is None:
         page, offset = torch.arange(at.shape[0], device=at.device)[:, None], at

@@ -16,6 +16,7 @@ from .attention import (
     pad_packed,
     unpad_packed,
 )
+from .memo import remember_last
 from .numbers import per_request
 
 
@@ -51,11 +52,51 @@ def tree_attention(
         num_tokens_tensor, ragged = lengths_of(cu_seqlens_q, total, max_seqlen_q), True
     q, k, v, mask, positions = pad_packed(cu_seqlens_q, max_seqlen_q, q, k, v, mask, positions)
     B, N = q.shape[:2]
-    length = per_request(cache_seqlens, cache_seqlens_tensor, B, q, torch.int64)
-    i = torch.arange(N, device=q.device)
+    context, local, valid = rows_and_context(
+        *(B, N, q.device, mask, causal, cache_seqlens, cache_seqlens_tensor, num_tokens),
+        *(num_tokens_tensor, ragged, positions, window_size),
+    )
+    out, lse = attend_cached(
+        q,
+        cache_of(
+            *(k_cache, v_cache, block_table, B),
+            *(k_scale, k_scale_tensor, v_scale, v_scale_tensor),
+        ),
+        k,
+        v,
+        context,
+        local,
+        valid,
+        rows_at=context.stop,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=return_lse,
+    )
+    return unpad_packed(cu_seqlens_q, total, return_lse, out, lse)
+
+
+@remember_last
+def rows_and_context(
+    B: int,
+    N: int,
+    device: torch.device,
+    mask: Tensor | None,
+    causal: bool,
+    cache_seqlens: int,
+    cache_seqlens_tensor: Tensor | None,
+    num_tokens: int,
+    num_tokens_tensor: Tensor | None,
+    ragged: bool,
+    positions: Tensor | None,
+    window_size: int,
+) -> tuple[Context, Tensor, Tensor | None]:
+    """The context, who sees whom among the rows [B|1, N, N], and which rows are valid [B, N]."""
+    length = per_request(cache_seqlens, cache_seqlens_tensor, B, device, torch.int64)
+    i = torch.arange(N, device=device)
     valid = None
     if ragged or num_tokens < N:
-        valid = i < per_request(num_tokens, num_tokens_tensor, B, q, torch.int64)[:, None]
+        valid = i < per_request(num_tokens, num_tokens_tensor, B, device, torch.int64)[:, None]
     local = local_mask(mask, causal, i)
 
     # the window: row i sees cached keys at positions > position(i) - window_size
@@ -69,21 +110,4 @@ def tree_attention(
         else:
             at = length[:, None] + (i if causal else torch.zeros_like(i))
         lowest = (at - window_size + 1).expand(B, N)
-
-    out, lse = attend_cached(
-        q,
-        cache_of(
-            *(k_cache, v_cache, block_table, B),
-            *(k_scale, k_scale_tensor, v_scale, v_scale_tensor),
-        ),
-        k,
-        v,
-        Context(stop=length, lowest=lowest),
-        local,
-        valid,
-        rows_at=length,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    return unpad_packed(cu_seqlens_q, total, return_lse, out, lse)
+    return Context(stop=length, lowest=lowest), local, valid

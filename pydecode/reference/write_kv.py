@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .attention import scale_argument
+from .memo import remember_last
 from .numbers import compute_dtype
-from .slots import plan_writes, slots_of, write
+from .slots import Writes, plan_writes, slots_of, write
 
 
 def write_kv(
@@ -39,12 +40,20 @@ def write_kv(
     if B * N == 0 or k_cache.shape[0] * k_cache.shape[1] == 0:
         return q_out
 
-    writes = plan_writes(slots_of(positions, block_table, k_cache), k_cache.shape[1])
+    writes = writes_of(positions, block_table, *k_cache.shape[:2])
     k_rows = encode(rotated, scale_argument(k_scale, k_scale_tensor, B, Hkv), k_cache.dtype)
     v_rows = encode(v, scale_argument(v_scale, v_scale_tensor, B, Hkv), v_cache.dtype)
     write(k_cache, writes, k_rows.flatten(0, 1))
     write(v_cache, writes, v_rows.flatten(0, 1))
     return q_out
+
+
+@remember_last
+def writes_of(
+    positions: Tensor, block_table: Tensor | None, num_pages: int, page_size: int
+) -> Writes:
+    """Which row goes to which slot: the same for all layers of a forward pass."""
+    return plan_writes(slots_of(positions, block_table, num_pages, page_size), page_size)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
