@@ -11,7 +11,7 @@ from .backends import choose, unavailable
 from .reference import rejection_sample_tree as reference
 from .results import Verified
 from .schemas import argument_names
-from .validation import checking, data_at_most, data_range, expect_choice, number
+from .validation import checking, expect_choice, number
 
 RULES = (
     "recursive",
@@ -150,7 +150,7 @@ def rejection_sample_tree(
             *(draft_tokens, count, V, target, row_index, draft, draft_row_index, draft_vocab),
             first=1,
         )
-        _check_parents(parents, count)
+        arguments.check_parents(parents, count)
     args = (
         *(target_logits, draft_tokens, parents, draft_probs, draft_logits, target_probs),
         *(*count, row_index, draft_row_index, draft_vocab, allowed),
@@ -170,15 +170,6 @@ def _threshold(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a number, got a tensor")
     return number(name, value, None, torch.device("cpu"), minimum=0)[0]
-
-
-def _check_parents(parents: Tensor, count: arguments.Pair) -> None:
-    """Synchronising: parents[b, 0] is -1, and every other node comes after its parent."""
-    i = torch.arange(parents.shape[1], device=parents.device)
-    last = count[0] if count[1] is None else count[1].reshape(-1, 1)
-    parents, counted = torch.where(i <= last, parents, -1), (i >= 1) & (i <= last)
-    data_range("parents", parents, 0, parents.shape[1], counted.expand_as(parents))
-    data_at_most("parents", parents, i - 1, "expected each parent before its node, the root's -1")
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

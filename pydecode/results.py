@@ -11,15 +11,16 @@ class Verified(NamedTuple):
     tokens: Tensor  # int64 [B, G+1 | max_depth+1]: accepted drafts, correction or bonus, then -1
     num_accepted: Tensor  # int32 [B]: accepted drafts, so tokens[b, : num_accepted[b]+1] is emitted
     path: Tensor  # int32, tokens' shape: accepted nodes, root (0) first, then -1
-    logprobs: Tensor | None = None  # fp32, tokens' shape: of the emitted tokens, 0 elsewhere
+    # fp32 (fp64 for fp64 inputs), tokens' shape: of the emitted tokens, 0 elsewhere
+    logprobs: Tensor | None = None
 
 
 class Scores(NamedTuple):
     """One sampled token a row, and how sure the model is of it."""
 
     tokens: Tensor  # int64 [...]
-    confidence: Tensor  # fp32 [...], larger is surer
-    lse: Tensor  # fp32 [...], log-sum-exp of the untempered logits
+    confidence: Tensor  # fp32 (fp64 for fp64 logits) [...], larger is surer
+    lse: Tensor  # likewise, log-sum-exp of the untempered logits
 
 
 class Unmasked(NamedTuple):
@@ -29,4 +30,4 @@ class Unmasked(NamedTuple):
     committed: Tensor  # bool [B, L]: filled by this call
     num_committed: Tensor  # int32 [B]
     num_left: Tensor  # int32 [B]: masks left in the window
-    confidence: Tensor  # fp32 [B, L], -inf where no row was read
+    confidence: Tensor  # fp32 (fp64 for fp64 logits) [B, L], -inf where no row was read

@@ -104,7 +104,7 @@ def _attend_step(
     k_cache, v_cache = cache.layer(layer)
     window = scores["window_size"]
     step.fresh[layer] = (k, v)
-    return pydecode.tree_attention(
+    out: Any = pydecode.tree_attention(
         *(q, k_cache, v_cache, k, v),
         mask=step.mask if window is None or q.shape[1] <= window else _windowed(step, window),
         cache_seqlens=cache.lengths,
@@ -113,6 +113,7 @@ def _attend_step(
         positions=None if window is None else step.positions,
         **scores,
     )
+    return out
 
 
 def _windowed(step: Step, window: int) -> Tensor:
@@ -151,7 +152,8 @@ def _attend_plain(
             "is_causal=False: more than one sequence (which may be padded) or a window needs a "
             "four-dimensional attention_mask"
         )
-    return pydecode.ranked_attention(q, k, v, q_rank=q_rank, k_rank=k_rank, **scores)
+    out: Any = pydecode.ranked_attention(q, k, v, q_rank=q_rank, k_rank=k_rank, **scores)
+    return out
 
 
 def _expect_unpadded(position_ids: Tensor | None, B: int, N: int, S: int) -> None:
@@ -205,5 +207,5 @@ def _attend_masked(
     # all S keys as rows in flight behind no context; the first S - N rows are not wanted
     visible = nn.functional.pad(visible.long(), (0, 0, S - N, 0)).bool()
     q = nn.functional.pad(q, (0, 0, 0, 0, S - N, 0))
-    out = pydecode.tree_attention(q, k[:, :0], v[:, :0], k, v, mask=visible, **scores)
+    out: Any = pydecode.tree_attention(q, k[:, :0], v[:, :0], k, v, mask=visible, **scores)
     return out[:, S - N :]

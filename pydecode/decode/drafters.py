@@ -23,6 +23,12 @@ class Draft(NamedTuple):
     parents: Tensor | None = None  # [B|1, T] for trees
     max_depth: int | None = None  # for trees
     logits: Tensor | None = None  # what the drafts were drawn from; None: chosen, not drawn
+    full: bool = False  # the host knows that every row of every request is valid
+
+    @property
+    def num_tokens(self) -> Tensor | None:
+        """Valid rows in flight, [B]; None: all."""
+        return None if self.full else self.num_drafts + 1
 
     def rows(self, last: Tensor) -> Tensor:
         """The rows in flight, [B, N]: the last committed token first."""
@@ -65,7 +71,7 @@ class Nothing:
         self, sequences: Sequence[list[int]], last: Tensor, cache: PagedCache, room: list[int]
     ) -> Draft:
         empty = torch.empty(len(sequences), 0, dtype=torch.int64, device=last.device)
-        return Draft(empty, torch.zeros_like(last))
+        return Draft(empty, torch.zeros_like(last), full=True)
 
     def update(self, accepted: list[int]) -> None:
         pass
@@ -115,16 +121,26 @@ class PromptLookup:
             return Draft(
                 torch.tensor(rows, dtype=torch.int64, device=last.device).view(len(chains), width),
                 torch.tensor([len(chain) for chain in chains], device=last.device),
+                full=all(len(chain) == width for chain in chains),
             )
         count = max(map(len, found), default=0)
         if count == 0:
             return Nothing().propose(sequences, last, cache, room)
+        # distinct prefixes are the trie's nodes: the host knows how many there are
+        nodes = [len({tuple(c[: i + 1]) for c in cs for i in range(len(c))}) for cs in found]
         padded = [[c + [-1] * (width - len(c)) for c in cs] for cs in found]
         padded = [cs + [[-1] * width] * (count - len(cs)) for cs in padded]
         candidates = torch.tensor(padded, dtype=torch.int64, device=last.device)
         counts = torch.tensor([len(cs) for cs in found], device=last.device)
         tree, tokens = trees.from_sequences(candidates, counts)
-        return Draft(tokens, (tokens[:, 1:] >= 0).sum(1), tree.parents, width)
+        used = slice(max(nodes) + 1)  # nodes that are used come first
+        return Draft(
+            tokens[:, used],
+            torch.tensor(nodes, device=last.device),
+            tree.parents[:, used],
+            width,
+            full=all(n == max(nodes) for n in nodes),
+        )
 
     def update(self, accepted: list[int]) -> None:
         for b, (a, proposed) in enumerate(zip(accepted, self.proposed)):
@@ -238,7 +254,8 @@ class ModelDrafter:
             laws.append(logits)
             cache.lengths += 1
         law = torch.cat(laws, dim=1) if self.temperature else None
-        return Draft(torch.cat(tokens[1:], dim=1), limit.clamp(max=depth), logits=law)
+        drafts = torch.cat(tokens[1:], dim=1)
+        return Draft(drafts, limit.clamp(max=depth), logits=law, full=len(last) == 1)
 
     def _tree(self, last: Tensor, cache: PagedCache, depth: int, limit: Tensor) -> Draft:
         """Grows the tree level by level; every level is one forward pass over the tree so far."""

@@ -87,7 +87,7 @@ def generate(
             cache.lengths[:, None] + draft.depths(rows),
             cache,
             draft.mask(),
-            num_tokens=draft.num_drafts + 1,
+            num_tokens=draft.num_tokens,
         )
         verified = _verify(draft, logits, cache, temperature, rule, seed, filters)
         steps += 1

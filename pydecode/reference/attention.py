@@ -98,13 +98,13 @@ def attend(
         lse = s.logsumexp(-1) if s.shape[-1] else s.new_full((Hkv, group, N), -torch.inf)
         lse = lse.view(Hq, N)
     p = s.softmax(-1)[..., :S].reshape(Hkv, group * N, S)
-    if sinks is None:  # a row that sees nothing gives 0
-        nothing = (~visible.any(-1)).repeat(group)
-        p.masked_fill_(nothing[:, None], 0.0)
     out = p @ v
     if out.device.type != "cpu" or not out.sum().isfinite():
         out = _weigh_selected(p, v, visible.repeat(group, 1))
-    return out.view(Hq, N, Dv), lse
+    out = out.view(Hq, N, Dv)
+    if sinks is None:  # a row that sees nothing gives 0 (the softmax gave NaN)
+        out = out.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return out, lse
 
 
 def _weigh_selected(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
