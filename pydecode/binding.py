@@ -1,8 +1,8 @@
 """Registration of ``pydecode::<op>`` and the way a public function calls it.
 
 Each op is defined once, from ``schemas.SCHEMAS``. ``Library.define`` + ``impl`` costs 3.5 us a call
-where ``custom_op`` costs 13 us. The implementation sits at CompositeExplicitAutograd (every device),
-and autograd falls through to it: pydecode is forward only.
+where ``custom_op`` costs 13 us. The implementation sits at CompositeExplicitAutograd (every
+device), and autograd falls through to it: pydecode is forward only.
 """
 
 from collections.abc import Callable

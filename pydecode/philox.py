@@ -89,7 +89,7 @@ def uniform(stream: int, seed: Tensor, offset: Tensor, position: Tensor, index: 
 
 
 def gumbel(stream: int, seed: Tensor, offset: Tensor, position: Tensor, vocab: int) -> Tensor:
-    """Gumbel noise of every vocabulary entry, fp64 [..., vocab]; seed, offset, position broadcast."""
+    """Gumbel noise of every vocabulary entry, fp64 [..., vocab]; the arguments broadcast."""
     index = torch.arange((vocab + 3) // 4, dtype=torch.int64, device=seed.device)
     x = words(stream, seed[..., None], offset[..., None], position[..., None], index)
     x = x.flatten(-2)[..., :vocab]

@@ -7,7 +7,7 @@ Conventions:
 - A number that a server changes between steps is a pair: ``x`` is its value when the caller gave a
   Python number, ``x_tensor`` is the device tensor (0-d or [B]) when the caller gave one. The tensor
   wins.
-- Every functional op returns the same number of fresh tensors; one that was not asked for has size 0.
+- An op always returns the same number of fresh tensors; one that was not asked for has size 0.
 - ``<op>.out`` is derived from the functional schema: same arguments, then one mutated tensor for
   each result, and no return value.
 - -1 stands for "none" in ``window_size``, ``max_commit``, ``window_length`` and ``max_depth``.
@@ -111,7 +111,8 @@ SCHEMAS: dict[str, str] = {
         "-> (Tensor num_accepted, Tensor next_draft, Tensor converged)"
     ),
     "verify_states": (
-        "(Tensor states, Tensor targets, int mask_id, str rule, Tensor? graph, str backend) -> Tensor"
+        "(Tensor states, Tensor targets, int mask_id, str rule, Tensor? graph, str backend) "
+        "-> Tensor"
     ),
     # diffusion
     "sample_and_score": (
@@ -128,7 +129,10 @@ SCHEMAS: dict[str, str] = {
         f"Tensor? window_start_tensor, int window_length, Tensor? external_score, {_RULE}, "
         f"{_SEEDS}, Tensor? positions, Tensor? uniforms, str backend) -> {_UNMASKED}"
     ),
-    "remask": "(Tensor tokens, Tensor scores, int r, Tensor? r_tensor, int mask_id, str backend) -> Tensor",
+    "remask": (
+        "(Tensor tokens, Tensor scores, int r, Tensor? r_tensor, int mask_id, str backend) "
+        "-> Tensor"
+    ),
     "soft_embed": (
         "(Tensor logits, Tensor embedding, int mask_id, float top_p, Tensor? top_p_tensor, "
         "float ratio, Tensor? ratio_tensor, str backend) -> (Tensor embeddings, Tensor entropy)"

@@ -110,6 +110,19 @@ def test_pages_and_batch_change_no_bit(ours: CausalLM) -> None:
     assert torch.equal(results[0], torch.cat(results[2:]))
 
 
+def test_rows_past_num_tokens_are_seen_by_nobody(ours: CausalLM) -> None:
+    """Also where the mask lets every row see every other."""
+    context, rows = text(5), torch.randint(0, 61, (1, 4))
+    at, everything = 5 + torch.arange(4)[None], torch.full((1, 4, 1), 0b1111)
+    out = []
+    for n in (3, 4):
+        cache = ours.new_cache(1, 16)
+        prefill(ours, [context], cache)
+        count = torch.tensor([3]) if n == 4 else None
+        out.append(ours(rows[:, :n], at[:, :n], cache, everything[:, :n], num_tokens=count)[:, :3])
+    torch.testing.assert_close(*out, **CLOSE)
+
+
 def test_keep_picks_rows(ours: CausalLM) -> None:
     tokens, at = torch.randint(0, 61, (2, 6)), torch.arange(6).expand(2, 6)
     every = ours(tokens, at, ours.new_cache(2, 8), "causal")

@@ -82,10 +82,10 @@ def test_generate() -> None:
     assert got.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("hidden", [False, -torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("cached", [0, 6])
 @torch.no_grad()
-def test_four_dimensional_masks(dtype: torch.dtype, cached: int) -> None:
+def test_four_dimensional_masks(hidden: float, cached: int) -> None:
     """Any mask, bool or additive, also behind a cache: here a tree behind its context."""
     model, context, parents = tiny_llama(), torch.randint(0, 61, (10,)).tolist(), random_parents(5)
     nodes = torch.randint(0, 61, (5,))
@@ -95,7 +95,7 @@ def test_four_dimensional_masks(dtype: torch.dtype, cached: int) -> None:
     for node in range(5):
         for other in range(node):
             visible[10 + node, 10 + other] = is_ancestor(parents[0], other, node)
-    mask = visible if dtype == torch.bool else torch.where(visible, 0.0, -torch.inf)
+    mask = visible if hidden is False else torch.where(visible, 0.0, hidden)
     tokens = torch.cat([torch.tensor(context), nodes])[None]
     positions = torch.cat([torch.arange(10)[None], 10 + depth], 1)
     ours, past = on_pydecode(model), transformers.DynamicCache(config=model.config)
@@ -149,7 +149,11 @@ def test_static_cache_raises() -> None:
         )
 
 
-@pytest.mark.parametrize("positions", [[0, 1, 0, 1, 2], [0, 1, 1, 2, 2]], ids=["packed", "tree"])
+@pytest.mark.parametrize(
+    "positions",
+    [[0, 1, 0, 1, 2], [0, 1, 1, 2, 2], [0, 1, 0, 3, 4]],
+    ids=["packed", "tree", "ends where it should"],
+)
 def test_positions_that_ask_for_a_mask_raise(positions: list[int]) -> None:
     model = on_pydecode(tiny_llama())
     with pytest.raises(NotImplementedError, match="packed sequences and trees"):

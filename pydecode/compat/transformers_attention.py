@@ -196,15 +196,14 @@ def _attend_masked(
         raise ValueError(
             f"attention_mask: expected [B|1, 1, {N}, {S}], got {list(attention_mask.shape)}"
         )
-    if scores["window_size"] is not None:
-        scores = {**scores, "window_size": None}  # such a mask has the window in it already
     visible = attention_mask[:, 0]
     if visible.dtype != torch.bool:
         hidden = visible <= torch.finfo(visible.dtype).min / 2
         if not bool((hidden | (visible == 0)).all()):
             raise NotImplementedError("attention_mask: a bias other than 0 and -inf")
         visible = ~hidden
-    # all S keys as rows in flight behind no context; the first S - N rows are not wanted
+    # All S keys as rows in flight behind no context, so that the mask alone decides (it has the
+    # window in it, if there is one); the first S - N rows are not wanted.
     visible = nn.functional.pad(visible.long(), (0, 0, S - N, 0)).bool()
     q = nn.functional.pad(q, (0, 0, 0, 0, S - N, 0))
     out: Any = pydecode.tree_attention(q, k[:, :0], v[:, :0], k, v, mask=visible, **scores)

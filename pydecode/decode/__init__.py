@@ -1,7 +1,7 @@
 """Whole decoding loops made of pydecode's ops alone, each a module with its own ``generate``.
 
-``speculative``: draft and verify (chains, trees, lookup, a model's own layers). ``diffusion``: masked
-diffusion, with every rule and every kind of cache. ``self_speculative``: the same output as
+``speculative``: draft and verify (chains, trees, lookup, a model's own layers). ``diffusion``:
+masked diffusion, with every rule and every kind of cache. ``self_speculative``: the same output as
 ``diffusion``, several steps a forward pass. Each is imported when it is first used.
 
 >>> from pydecode.decode import diffusion

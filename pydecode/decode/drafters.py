@@ -176,10 +176,11 @@ class ModelDrafter:
     """A draft model, or the model itself less some layers, drafts a chain or a tree.
 
     ``model`` is a callable as in ``speculative``. With a ``cache`` of its own it is a separate
-    draft model, which reads each generation's prompts from the start; with ``cache=None`` it shares the target's cache (skipped layers: Zhang et al.,
-    "Draft & verify", ACL 2024), where verification overwrites what it wrote. ``branching`` gives
-    the children of every node, level by level: (1, 1, 1, 1) is a chain of four. Greedy drafts take
-    the best tokens; with a temperature they are drawn i.i.d. and their law is handed on.
+    draft model, which reads each generation's prompts from the start; with ``cache=None`` it
+    shares the target's cache (skipped layers: Zhang et al., "Draft & verify", ACL 2024), where
+    verification overwrites what it wrote. ``branching`` gives the children of every node, level by
+    level: (1, 1, 1, 1) is a chain of four. Greedy drafts take the best tokens; with a temperature
+    they are drawn i.i.d. and their law is handed on.
     """
 
     def __init__(
