@@ -53,6 +53,8 @@ def commit_kv(
         source = slots_of(start + node, block_table, *cache.shape[-4:-2])
         valid = valid & source.valid & (source.slot != target.slot)
     writes = plan_writes(Slots(target.slot, valid), cache.shape[-3])
+    if path.device.type == "cpu" and not writes.some:  # a chain stays where it is
+        return result
     for layer, (k_cache, v_cache) in enumerate(zip(layers(k_caches), layers(v_caches))):
         for cache, rows in ((k_cache, k_rows), (v_cache, v_rows)):
             if rows is None:  # all rows are read before the first is written

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import laws, verification
 from .laws import Filters
-from .numbers import compute_dtype, per_request
+from .numbers import per_request
 
 
 def verify_greedy(
@@ -51,15 +51,16 @@ def verify_greedy(
     t = per_request(temperature, temperature_tensor, B, target, torch.float64)
     if target.is_floating_point():
         rows, present, inside = laws.take_rows(target, row_index)
-        x = rows.to(compute_dtype(rows.dtype))
         if allowed is not None:
-            x = x.masked_fill(~laws.allowed_bits(allowed, x.shape[-1]), -torch.inf)
-        x, good = laws.usable_logits(x)
-        x = torch.where(good[..., None], x, 0.0)
+            rows = rows.masked_fill(~laws.allowed_bits(allowed, rows.shape[-1]), -torch.inf)
+        top, best = rows.max(-1)  # ties: the lowest index; NaN: NaN
+        good = ~top.isnan() & (top > -torch.inf)
+        if rule in ("top_k", "typical"):
+            x, _ = laws.usable_logits(rows)
+            x = torch.where(good[..., None], x, 0.0)
         if rule == "typical":
             good = good & (t >= 0)[:, None]
-        best = laws.first_argmax(x)
-        exists = exists & (token >= 0) & (token < x.shape[-1])
+        exists = exists & (token >= 0) & (token < rows.shape[-1])
     else:
         ids, present, inside = laws.take_rows(target[..., None], row_index)
         best = ids[..., 0].long()
