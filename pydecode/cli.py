@@ -97,7 +97,8 @@ def demo(
 
             masked = masked_demo.show(console)
     except ModelMissing as missing:
-        console.print(f"[red]{missing}[/red]", soft_wrap=True)
+        # no markup: [models] in the message is an extra, not a style
+        console.print(str(missing), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     if plot is not None:
         from .demo.plots import save

@@ -90,8 +90,8 @@ class PromptLookup:
     def __init__(
         self,
         *,
-        num_tokens: int = 6,
-        max_tokens: int = 20,
+        num_tokens: int = 8,
+        max_tokens: int = 32,
         max_ngram: int = 5,
         min_ngram: int = 2,
         candidates: int = 1,

@@ -57,7 +57,11 @@ class Method(NamedTuple):
 def show(console: Console, *, max_new_tokens: int, rounds: int) -> Shown:
     """Runs every method on every prompt, streams one answer each, prints the tables."""
     with _progress(console) as progress:
-        progress.add_task("loading SmolLM2-135M-Instruct", total=None)
+        progress.add_task(
+            "loading SmolLM2-135M-Instruct (the first time 20 s; 540 MB are kept in "
+            "$PYDECODE_CACHE, default ~/.cache/pydecode)",
+            total=None,
+        )
         lm, tokenizer = smollm2.load(torch.float32)
     prompts = {
         "chat": _chat(tokenizer, CHAT, ""),

@@ -58,8 +58,8 @@ def _order(axis: Any, shown: masked_demo.Shown) -> None:
         order = np.array(filled.order, dtype=float)
         last = max(order.max(), 1)
         rows.append(np.where(order == 0, np.nan, order / last))
+    axis.set_facecolor("lightgrey")
     image = axis.imshow(np.array(rows), aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    image.cmap.set_bad("lightgrey")
     labels = [
         f"{name}: {filled.recovered:.0%}, {filled.passes:.0f} forward"
         for name, filled in shown.by_rule.items()

@@ -72,7 +72,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor,
+    visible: Tensor | None,
     *,
     softmax_scale: float,
     softcap: float,
@@ -81,8 +81,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T) v of one request under an explicit mask.
 
-    q [Hq, N, D], k [Hkv, S, D], v [Hkv, S, Dv], visible bool [N, S] -> out [Hq, N, Dv],
-    lse [Hq, N].
+    q [Hq, N, D], k [Hkv, S, D], v [Hkv, S, Dv], visible bool [N, S] (None: every row sees every
+    key) -> out [Hq, N, Dv], lse [Hq, N].
     """
     Hq, N, D = q.shape
     Hkv, S, Dv = v.shape
@@ -90,7 +90,8 @@ def attend(
     s = ((softmax_scale * q).reshape(Hkv, group * N, D) @ k.mT).view(Hkv, group, N, S)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
-    s.masked_fill_(~visible, -torch.inf)
+    if visible is not None:
+        s.masked_fill_(~visible, -torch.inf)
     if sinks is not None:  # one more logit a head, with no value
         s = torch.cat([s, sinks.to(s.dtype).view(Hkv, group, 1, 1).expand(-1, -1, N, 1)], dim=-1)
     lse = None
@@ -99,6 +100,8 @@ def attend(
         lse = lse.view(Hq, N)
     p = s.softmax(-1)[..., :S].reshape(Hkv, group * N, S)
     out = p @ v
+    if visible is None:
+        return out.view(Hq, N, Dv), lse
     if out.device.type != "cpu" or not out.sum().isfinite():
         out = _weigh_selected(p, v, visible.repeat(group, 1))
     out = out.view(Hq, N, Dv)
@@ -163,7 +166,8 @@ class Seen(NamedTuple):
     page: Tensor | None  # [ceil(n / page_size)], the context's pages; None: no table
     row_page: Tensor | None  # [m], where the rows' own K/V lie, if in the cache
     row_offset: Tensor | None
-    visible: Tensor  # bool [m, n + m]: row i sees cached position j, row i sees row j - n
+    # bool [m, n + m]: row i sees cached position j, row i sees row j - n. None: everything
+    visible: Tensor | None
 
 
 @remember_last
@@ -214,7 +218,8 @@ def what_rows_see(
             among = among & valid[b, :m] & valid[b, :m, None]
             sees = sees & valid[b, :m, None]
         visible = torch.cat([sees, among], dim=1)
-        result.append(Seen(n, m, page, row_page, row_offset, visible))
+        everything = on_cpu and visible.numel() > 0 and bool(visible.all())
+        result.append(Seen(n, m, page, row_page, row_offset, None if everything else visible))
     return result
 
 
@@ -258,12 +263,12 @@ def attend_cached(
 
     local bool [B|1, N, N]: row i sees row j. valid bool [B, N]: rows of a ragged batch; the others
     see nothing, not even a sink. k, v None: the rows' own K/V lie in the cache at rows_at[b] + j.
-    Returns out [B, N, Hq, Dv], lse [B, Hq, N] (-inf if nobody asks for it).
+    Returns out [B, N, Hq, Dv], lse [B, Hq, N] (N = 0 if nobody asks for it).
     """
     B, N, Hq, _ = q.shape
     dtype = compute_dtype(q.dtype)
     out = q.new_zeros(B, N, Hq, cache.v.shape[-1])
-    lse = q.new_full((B, Hq, N), -torch.inf, dtype=dtype)
+    lse = q.new_full((B, Hq, N if return_lse else 0), -torch.inf, dtype=dtype)
     fresh = k is not None and v is not None
     everything = what_rows_see(
         *(B, N, q.device.type == "cpu", cache.block_table, *cache.k.shape[:2]),
