@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -11,33 +12,41 @@ Result = TypeVar("Result")
 
 
 def remember_last(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Keeps the last result while the very same CPU tensors come again, unchanged.
+    """Keeps the last result while arguments of the same content come again.
 
-    Only on the CPU: on a GPU a kept tensor would be frozen into a captured graph. A tensor is
-    unchanged if its version counter is; the kept references keep its identity from being reused.
-    An inference tensor has no counter: only results of this decorator, which nobody changes, count.
+    Contents are compared, not identities or version counters: numpy may have changed a tensor
+    behind torch's back. Only a result of this decorator, which nobody changes, is known by its
+    identity. On the CPU only: on a GPU a comparison synchronises, and a kept tensor would be
+    frozen into a captured graph.
     """
-    last: list[tuple[Any, Any, Result]] = []
+    last: list[tuple[list[Any], Result]] = []
 
     @functools.wraps(function)
     def remembered(*args: Any) -> Result:
-        key: list[Any] = []
-        for x in args:
-            if not isinstance(x, Tensor):
-                key.append(x)
-            elif x.device.type == "cpu" and not x.is_inference():
-                key.append((id(x), x._version))
-            elif hasattr(x, "_remembered"):
-                key.append(id(x))
-            else:
-                return function(*args)
-        if last and last[0][0] == key:
-            return last[0][2]
+        if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in args):
+            return function(*args)
+        entry = last[0] if last else None
+        if entry is not None and all(map(_same, entry[0], args)):
+            return entry[1]
         result = function(*args)
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.device.type == "cpu" and x.is_inference():
+            if isinstance(x, Tensor):
                 x._remembered = True  # type: ignore[attr-defined]
-        last[:] = [(key, args, result)]
+        last[:] = [([_kept(x) for x in args], result)]
         return result
 
     return remembered
+
+
+def _kept(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) and not hasattr(x, "_remembered") else x
+
+
+def _same(kept: Any, x: Any) -> bool:
+    if kept is x:
+        return True
+    if not isinstance(kept, Tensor) or not isinstance(x, Tensor):
+        return type(kept) is type(x) and kept == x
+    if hasattr(kept, "_remembered"):
+        return False
+    return kept.dtype == x.dtype and kept.shape == x.shape and torch.equal(kept, x)
