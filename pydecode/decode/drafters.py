@@ -13,6 +13,7 @@ import pydecode
 from pydecode import trees
 
 from .cache import PagedCache
+from .prefill import prefill
 
 
 class Draft(NamedTuple):
@@ -203,8 +204,6 @@ class ModelDrafter:
     def propose(
         self, sequences: Sequence[list[int]], last: Tensor, cache: PagedCache, room: list[int]
     ) -> Draft:
-        from .speculative import prefill
-
         depth = min(len(self.branching), max(room))
         if depth <= 0:
             self.drafted = 0
