@@ -47,6 +47,16 @@ def test_changed_metadata_counts(change: str, which: int, inference: bool, tenso
     assert not torch.equal(before, after)
 
 
+def test_what_is_remembered_is_no_view_of_the_callers_memory(tensors: tuple) -> None:
+    """The same lengths come again after the first tensor of lengths has moved on."""
+    mask, lengths = torch.tensor([[[1], [3], [7]]]), torch.tensor([5])
+    call(lengths, torch.tensor([[3, 1]]), mask, tensors)
+    lengths += 2
+    got = call(torch.tensor([5]), torch.tensor([[3, 1, 2]]), mask, tensors)
+    want = call(torch.tensor([5]), torch.tensor([[3, 1, 4]]), mask, tensors)
+    assert torch.equal(got, want)
+
+
 def test_written_slots_follow_the_positions() -> None:
     k, positions = torch.ones(1, 1, 1, 4), torch.tensor([[2]])
     cache = torch.zeros(1, 8, 1, 4)

@@ -28,11 +28,14 @@ def remember_last(function: Callable[..., Result]) -> Callable[..., Result]:
         entry = last[0] if last else None
         if entry is not None and all(map(_same, entry[0], args)):
             return entry[1]
-        result = function(*args)
+        kept = [_kept(x) for x in args]
+        result = function(
+            *kept
+        )  # made of the copies: it may be a view of them, not of the caller's
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 x._remembered = True  # type: ignore[attr-defined]
-        last[:] = [([_kept(x) for x in args], result)]
+        last[:] = [(kept, result)]
         return result
 
     return remembered
