@@ -53,7 +53,7 @@ def test_what_is_remembered_is_no_view_of_the_callers_memory(tensors: tuple) -> 
     call(lengths, torch.tensor([[3, 1]]), mask, tensors)
     lengths += 2
     got = call(torch.tensor([5]), torch.tensor([[3, 1, 2]]), mask, tensors)
-    want = call(torch.tensor([5]), torch.tensor([[3, 1, 4]]), mask, tensors)
+    want = call(5, torch.tensor([[3, 1, 4]]), mask, tensors)  # type: ignore[arg-type]
     assert torch.equal(got, want)
 
 
