@@ -28,10 +28,9 @@ def remember_last(function: Callable[..., Result]) -> Callable[..., Result]:
         entry = last[0] if last else None
         if entry is not None and all(map(_same, entry[0], args)):
             return entry[1]
+        # the result may be a view of what it is made of: of copies, then, not the caller's memory
         kept = [_kept(x) for x in args]
-        result = function(
-            *kept
-        )  # made of the copies: it may be a view of them, not of the caller's
+        result = function(*kept)
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 x._remembered = True  # type: ignore[attr-defined]
