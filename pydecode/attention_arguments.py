@@ -21,6 +21,7 @@ from .validation import (
     expect_shape,
     expect_tensor,
     number,
+    static_number,
 )
 
 Pair = tuple[int, Tensor | None]  # a number that a server changes, as the schemas have it
@@ -63,14 +64,15 @@ def expect_cache(
     symbols = "[num_pages, page_size, Hkv, D]" if paged else "[B, S, Hkv, D]"
     expect_dim(names[0], k_cache, 4, symbols)
     first, S, Hkv, _ = k_cache.shape
-    expect_shape(names[0], k_cache, (first if paged else B, S, Hkv, D), symbols)
+    shape = (first if paged else B, S, Hkv, D)
+    expect_shape(names[0], k_cache, shape, f"{symbols} (q has B = {B}, D = {D})")
     expect_dim(names[1], v_cache, 4, symbols.replace("D]", "Dv]"))
     Dv = v_cache.shape[-1]
     expect_shape(names[1], v_cache, (first, S, Hkv, Dv), symbols.replace("D]", "Dv]"))
     if Hkv == 0 or Hq % Hkv:
         raise ValueError(f"q: expected Hq a multiple of Hkv = {Hkv}, got Hq = {Hq}")
     for name, x in zip(names, (k_cache, v_cache)):
-        expect_dtype(name, x, (q.dtype, *FP8))
+        expect_dtype(name, x, (q.dtype, *FP8), "as q has")
         expect_device(name, x, q.device)
         expect_last_contiguous(name, x)
     if not paged:
@@ -195,7 +197,7 @@ def softmax_scale_of(softmax_scale: Any, D: int) -> float:
         return 1.0 / math.sqrt(D) if D else 1.0
     if isinstance(softmax_scale, Tensor):
         raise TypeError("softmax_scale: expected a number, got a tensor")
-    return float(number("softmax_scale", softmax_scale, None, torch.device("cpu"))[0])
+    return static_number("softmax_scale", softmax_scale)
 
 
 def softcap_of(softcap: Any) -> float:
@@ -345,7 +347,7 @@ def deliver(
     """Ends an attention op: calls it, into ``out`` where that is given."""
     q = args[0]
     if out is None:
-        result, lse = binding.call(op, run, *args)
+        out, lse = binding.call(op, run, *args)
     else:
         result = expect_tensor("out", out)
         expect_shape("out", result, (*q.shape[:-1], Dv), "q's shape with Dv")
@@ -353,16 +355,16 @@ def deliver(
         expect_device("out", result, q.device)
         expect_last_contiguous("out", result)
         lse = fake_outputs(q, Dv, return_lse)[1]
-        binding.call(op_out, run_into(run), *args, out=result, lse=lse)
-    return (result, lse) if return_lse else result
+        binding.call(op_out, run_into(run), *args, out_out=result, out_lse=lse)
+    return (out, lse) if return_lse else out
 
 
 def run_into(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., None]:
     """``<op>.out`` of a ``run`` that makes its results afresh."""
 
-    def run_out(*args: Any, out: Tensor, lse: Tensor) -> None:
+    def run_out(*args: Any, out_out: Tensor, out_lse: Tensor) -> None:
         results = run(*args)
-        out.copy_(results[0])
-        lse.copy_(results[1])
+        out_out.copy_(results[0])
+        out_lse.copy_(results[1])
 
     return run_out

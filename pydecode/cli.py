@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,11 +26,32 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Parallel decoding primitives: tree attention, block diffusion, verification, unmasking.",
 )
 console = Console()
 if not console.is_terminal:  # in a log file, tables need not fit 80 columns
     console = Console(width=120)
+
+
+class Model(str, Enum):
+    """The demo's two models."""
+
+    smollm2 = "smollm2"
+    sapiens = "sapiens"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(pydecode.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Parallel decoding primitives: tree attention, block diffusion, verification, unmasking."""
 
 
 @app.command()
@@ -71,7 +93,7 @@ def info() -> None:
 def demo(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens a prompt.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, interleaved.")] = 3,
-    only: Annotated[str, typer.Option(help="smollm2 or sapiens; default: both.")] = "",
+    only: Annotated[Model | None, typer.Option(help="One model; default: both.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of both decoders here.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0: as torch chose.")] = 0,
 ) -> None:
@@ -80,19 +102,17 @@ def demo(
     SmolLM2-135M-Instruct answers two prompts by plain, chain and tree decoding; sapiens, a masked
     language model of antibodies, fills masked positions in parallel under several rules.
     """
-    if only not in ("", "smollm2", "sapiens"):
-        raise typer.BadParameter(f"expected smollm2 or sapiens, got {only!r}", param_hint="--only")
     if threads:
         torch.set_num_threads(threads)
     from .models import ModelMissing
 
     causal = masked = None
     try:
-        if only != "sapiens":
+        if only != Model.sapiens:
             from .demo import causal as causal_demo
 
             causal = causal_demo.show(console, max_new_tokens=tokens, rounds=rounds)
-        if only != "smollm2":
+        if only != Model.smollm2:
             from .demo import masked as masked_demo
 
             masked = masked_demo.show(console)

@@ -14,6 +14,7 @@ from .validation import (
     FLOATS,
     FP8,
     checking,
+    data_range,
     expect_device,
     expect_dim,
     expect_dtype,
@@ -187,6 +188,14 @@ def _check_paths(
             f"cache of {page_size * width} positions, got {path[b].tolist()} with num_accepted "
             f"{int(num_accepted[b])} at length {int(cache_seqlens[b])} at index {[b]}"
         )
+    if block_table is not None:
+        n = num_accepted.long()
+        last = n if k_rows is not None else path.long().gather(1, n.clamp(min=0)[:, None])[:, 0]
+        first = torch.arange(width, device=path.device) * page_size
+        used = (first + page_size > cache_seqlens[:, None]) & (
+            first <= (cache_seqlens + last)[:, None]
+        )
+        data_range("block_table", block_table, 0, k_list[0].shape[-4], used & good[:, None])
 
 
 def _run(*args: Any) -> Tensor:

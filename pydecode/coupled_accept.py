@@ -25,8 +25,8 @@ def coupled_accept(
     verifier_logits: Tensor,
     tokens: Tensor,
     *,
-    ratio: float | Tensor = 0.5,
-    temperature: float | Tensor = 1.0,
+    ratio: float | Tensor | None = None,
+    temperature: float | Tensor | None = None,
     seed: int | Tensor = 0,
     offset: int | Tensor = 0,
     positions: Tensor | None = None,
@@ -51,8 +51,9 @@ def coupled_accept(
             constant), fp16, bf16, fp32 or fp64. A -inf rules a token out, unless its weight (R or
             1-R) is 0.
         tokens: [B, M] int32 or int64, x. One outside [0, V) ends its request's prefix.
-        ratio: R, number in [0, 1], 0-d or [B]: 1 is the draft model alone, 0 the verifier alone.
-        temperature: number, 0-d or [B]; 0 draws no noise (the argmax of the mixture).
+        ratio: R, number in [0, 1], 0-d or [B]: 1 is the draft model alone, 0 the verifier alone;
+            None: 0.5.
+        temperature: number, 0-d or [B], None: 1; 0 draws no noise (the argmax of the mixture).
         seed, offset: int, 0-d or [B]; a scalar seed is mixed with the request's index in the batch.
         positions: [B, M] int32 or int64, as at the draft's sampling; None: the index in M, which
             does not move on between steps, so **advance ``offset`` each step**.
@@ -80,6 +81,8 @@ def coupled_accept(
     expect_shape("verifier_logits", verifier_logits, (B, M, V), "[B, M, V]")
     expect_device("verifier_logits", verifier_logits, device)
     tokens = expect_index("tokens", tokens, (B, M), "[B, M]", device)
+    ratio = 0.5 if ratio is None else ratio
+    temperature = 1.0 if temperature is None else temperature
     if not isinstance(ratio, Tensor) and isinstance(ratio, (int, float)) and ratio > 1:
         raise ValueError(f"ratio: expected at most 1, got {ratio}")
     if checking():

@@ -57,8 +57,10 @@ def bidirectional(
         expect_dtype("lengths", lengths, INTS)
         lengths = lengths.to(device) if device is not None else lengths
     else:
-        lengths = torch.tensor([lengths] if isinstance(lengths, int) else lengths, device=device)
-        lengths = lengths.long().view(-1)
+        listed = [lengths] if isinstance(lengths, int) else lengths
+        if not isinstance(listed, (list, tuple)) or not all(type(x) is int for x in listed):
+            raise TypeError(f"lengths: expected ints or an integer tensor [B], got {lengths!r}")
+        lengths = torch.tensor(listed, dtype=torch.int64, device=device)
     i = torch.arange(n, device=lengths.device)
     return torch.where(i < lengths[:, None], 0, PAD).to(torch.int32)
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import binding
@@ -11,7 +10,7 @@ from .backends import choose, unavailable
 from .reference import rejection_sample_tree as reference
 from .results import Verified
 from .schemas import argument_names
-from .validation import checking, expect_choice, number
+from .validation import checking, expect_choice, static_number
 
 RULES = (
     "recursive",
@@ -157,19 +156,13 @@ def rejection_sample_tree(
         *arguments.filters(temperature, top_k, top_p, min_p, B, device),
         *arguments.draft_temperature_of(draft_temperature, temperature, B, device),
         *(bool(filter_draft), rule, depth),
-        _threshold("threshold_single", threshold_single),
-        _threshold("threshold_acc", threshold_acc),
+        static_number("threshold_single", threshold_single, minimum=0),
+        static_number("threshold_acc", threshold_acc, minimum=0),
         *arguments.random(seed, offset, positions, uniforms, sizes, device),
-        *(return_logprobs, choose("rejection_sample_tree", backend)),
+        *(bool(return_logprobs), choose("rejection_sample_tree", backend)),
     )
     tokens, num_accepted, path, logprobs = binding.call(_op, _run, *args)
     return Verified(tokens, num_accepted, path, logprobs if return_logprobs else None)
-
-
-def _threshold(name: str, value: Any) -> float:
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a number, got a tensor")
-    return number(name, value, None, torch.device("cpu"), minimum=0)[0]
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 ``commit``, ``remask``, ``soft_embed`` and ``coupled_accept``.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,8 +81,9 @@ def expect_scores(name: str, x: Any, tokens: Tensor) -> Tensor:
 
 def token_id(name: str, value: Any, vocab: int | None = None) -> int:
     """A token id as a Python int; below ``vocab`` if that is given."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    value = int(value)
     if vocab is not None and not 0 <= value < vocab:
         raise ValueError(f"{name}: expected a token id in [0, {vocab}), got {value}")
     return value

@@ -6,7 +6,7 @@ in the same order, less the last one, ``backend``.
 Conventions:
 - A number that a server changes between steps is a pair: ``x`` is its value when the caller gave a
   Python number, ``x_tensor`` is the device tensor (0-d or [B]) when the caller gave one. The tensor
-  wins.
+  wins. Integers are SymInt, so that torch.compile keeps one graph for all of their values.
 - An op always returns the same number of fresh tensors; one that was not asked for has size 0.
 - ``<op>.out`` is derived from the functional schema: same arguments, then one mutated tensor for
   each result, and no return value.
@@ -17,32 +17,32 @@ Conventions:
 
 _CACHE_SCALES = "float k_scale, Tensor? k_scale_tensor, float v_scale, Tensor? v_scale_tensor"
 _ATTENTION_TAIL = (
-    "int num_tokens, Tensor? num_tokens_tensor, Tensor? positions, float softmax_scale, "
+    "SymInt num_tokens, Tensor? num_tokens_tensor, Tensor? positions, float softmax_scale, "
     f"float softcap, int window_size, Tensor? sinks, {_CACHE_SCALES}"
 )
 _OUT_LSE = "(Tensor out, Tensor lse)"
 
 # ---- sampling -----------------------------------------------------------------------------------
 
-_SEEDS = "int seed, Tensor? seed_tensor, int offset, Tensor? offset_tensor"
+_SEEDS = "SymInt seed, Tensor? seed_tensor, SymInt offset, Tensor? offset_tensor"
 _FILTERS = (
-    "float temperature, Tensor? temperature_tensor, int top_k, Tensor? top_k_tensor, "
+    "float temperature, Tensor? temperature_tensor, SymInt top_k, Tensor? top_k_tensor, "
     "float top_p, Tensor? top_p_tensor, float min_p, Tensor? min_p_tensor"
 )
 _VERIFY_TAIL = (
-    "int num_drafts, Tensor? num_drafts_tensor, Tensor? row_index, Tensor? draft_row_index, "
+    "SymInt num_drafts, Tensor? num_drafts_tensor, Tensor? row_index, Tensor? draft_row_index, "
     f"Tensor? draft_vocab, Tensor? allowed, {_FILTERS}, float draft_temperature, "
     "Tensor? draft_temperature_tensor, bool filter_draft, str rule"
 )
 _VERIFY_RANDOM = (
-    f"{_SEEDS}, int positions, Tensor? positions_tensor, Tensor? uniforms, bool return_logprobs"
+    f"{_SEEDS}, SymInt positions, Tensor? positions_tensor, Tensor? uniforms, bool return_logprobs"
 )
 _ROW_SAMPLING = (
     f"{_FILTERS}, str confidence, bool tempered, int[] exclude_ids, Tensor? exclude_ids_tensor, "
     f"Tensor? allowed, str sampler, {_SEEDS}, Tensor? positions, Tensor? uniforms"
 )
 _RULE = (
-    "str rule, int k, Tensor? k_tensor, float threshold, Tensor? threshold_tensor, float slack, "
+    "str rule, SymInt k, Tensor? k_tensor, float threshold, Tensor? threshold_tensor, float slack, "
     "Tensor? slack_tensor, float factor, Tensor? factor_tensor, float low, Tensor? low_tensor, "
     "float keep, Tensor? keep_tensor, bool strict, int min_commit, int max_commit"
 )
@@ -54,27 +54,27 @@ SCHEMAS: dict[str, str] = {
     # attention
     "tree_attention": (
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k, Tensor? v, Tensor? mask, "
-        "bool causal, int cache_seqlens, Tensor? cache_seqlens_tensor, Tensor? block_table, "
+        "bool causal, SymInt cache_seqlens, Tensor? cache_seqlens_tensor, Tensor? block_table, "
         f"{_ATTENTION_TAIL}, Tensor? cu_seqlens_q, int max_seqlen_q, bool return_lse, "
         f"str backend) -> {_OUT_LSE}"
     ),
     "block_attention": (
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k, Tensor? v, Tensor? mask, "
-        "bool causal, Tensor? causal_tensor, int cache_seqlens, Tensor? cache_seqlens_tensor, "
-        "int replace_at, Tensor? replace_at_tensor, int cache_starts, Tensor? cache_starts_tensor, "
-        f"Tensor? block_table, {_ATTENTION_TAIL}, Tensor? cu_seqlens_q, int max_seqlen_q, "
-        f"bool return_lse, str backend) -> {_OUT_LSE}"
+        "bool causal, Tensor? causal_tensor, SymInt cache_seqlens, Tensor? cache_seqlens_tensor, "
+        "SymInt replace_at, Tensor? replace_at_tensor, SymInt cache_starts, "
+        f"Tensor? cache_starts_tensor, Tensor? block_table, {_ATTENTION_TAIL}, "
+        f"Tensor? cu_seqlens_q, int max_seqlen_q, bool return_lse, str backend) -> {_OUT_LSE}"
     ),
     "branch_attention": (
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k, Tensor v, bool causal, "
-        "Tensor? causal_tensor, int cache_seqlens, Tensor? cache_seqlens_tensor, int replace_at, "
-        "Tensor? replace_at_tensor, int cache_starts, Tensor? cache_starts_tensor, "
-        "int num_branches, Tensor? num_branches_tensor, Tensor? block_table, "
-        f"{_ATTENTION_TAIL}, bool return_lse, str backend) -> {_OUT_LSE}"
+        "Tensor? causal_tensor, SymInt cache_seqlens, Tensor? cache_seqlens_tensor, "
+        "SymInt replace_at, Tensor? replace_at_tensor, SymInt cache_starts, "
+        "Tensor? cache_starts_tensor, SymInt num_branches, Tensor? num_branches_tensor, "
+        f"Tensor? block_table, {_ATTENTION_TAIL}, bool return_lse, str backend) -> {_OUT_LSE}"
     ),
     "ranked_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor q_rank, Tensor k_rank, bool strict, "
-        "int cache_seqlens, Tensor? cache_seqlens_tensor, Tensor? block_table, "
+        "SymInt cache_seqlens, Tensor? cache_seqlens_tensor, Tensor? block_table, "
         f"{_ATTENTION_TAIL}, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int max_seqlen_q, "
         f"int max_seqlen_k, bool return_lse, str backend) -> {_OUT_LSE}"
     ),
@@ -84,8 +84,8 @@ SCHEMAS: dict[str, str] = {
     ),
     # verification of drafts
     "verify_greedy": (
-        "(Tensor draft_tokens, Tensor target, Tensor? parents, int num_drafts, "
-        "Tensor? num_drafts_tensor, int max_depth, str rule, int top_k, Tensor? top_k_tensor, "
+        "(Tensor draft_tokens, Tensor target, Tensor? parents, SymInt num_drafts, "
+        "Tensor? num_drafts_tensor, int max_depth, str rule, SymInt top_k, Tensor? top_k_tensor, "
         "int distance, float posterior_threshold, float posterior_alpha, float temperature, "
         "Tensor? temperature_tensor, Tensor? row_index, Tensor? allowed, str backend) "
         "-> (Tensor tokens, Tensor num_accepted, Tensor path)"
@@ -107,7 +107,7 @@ SCHEMAS: dict[str, str] = {
         "Tensor? positions, bool force_first, str backend) -> Tensor"
     ),
     "jacobi_step": (
-        "(Tensor draft, Tensor target, int num_valid, Tensor? num_valid_tensor, str backend) "
+        "(Tensor draft, Tensor target, SymInt num_valid, Tensor? num_valid_tensor, str backend) "
         "-> (Tensor num_accepted, Tensor next_draft, Tensor converged)"
     ),
     "verify_states": (
@@ -120,17 +120,17 @@ SCHEMAS: dict[str, str] = {
         "-> (Tensor tokens, Tensor confidence, Tensor lse)"
     ),
     "unmask": (
-        "(Tensor tokens, Tensor logits, int mask_id, int shift, int window_start, "
+        "(Tensor tokens, Tensor logits, int mask_id, int shift, SymInt window_start, "
         f"Tensor? window_start_tensor, int window_length, Tensor? external_score, {_RULE}, "
         f"{_ROW_SAMPLING}, str backend) -> {_UNMASKED}"
     ),
     "commit": (
-        "(Tensor tokens, Tensor proposals, Tensor scores, int mask_id, int window_start, "
+        "(Tensor tokens, Tensor proposals, Tensor scores, int mask_id, SymInt window_start, "
         f"Tensor? window_start_tensor, int window_length, Tensor? external_score, {_RULE}, "
         f"{_SEEDS}, Tensor? positions, Tensor? uniforms, str backend) -> {_UNMASKED}"
     ),
     "remask": (
-        "(Tensor tokens, Tensor scores, int r, Tensor? r_tensor, int mask_id, str backend) "
+        "(Tensor tokens, Tensor scores, SymInt r, Tensor? r_tensor, int mask_id, str backend) "
         "-> Tensor"
     ),
     "soft_embed": (
@@ -171,12 +171,9 @@ def out_schema(op: str) -> str:
     """The schema of ``<op>.out``: the results become mutated arguments, nothing is returned."""
     arguments, results = SCHEMAS[op].split(" -> ")
     names = [result.split()[-1] for result in results.strip("()").split(", ")]
-    mutated = ", ".join(f"Tensor({chr(ord('a') + i)}!) {_out_name(n)}" for i, n in enumerate(names))
+    # a keyword called just "out" would be Dynamo's own affair, which wants it contiguous
+    mutated = ", ".join(f"Tensor({chr(ord('a') + i)}!) out_{n}" for i, n in enumerate(names))
     return f"{arguments[:-1]}, *, {mutated}) -> ()"
-
-
-def _out_name(result: str) -> str:
-    return result if result in ("out", "lse") else f"out_{result}"
 
 
 def argument_names(op: str) -> list[str]:

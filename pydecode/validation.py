@@ -69,12 +69,13 @@ def expect_dim(name: str, x: Tensor, dim: int, symbols: str) -> None:
         raise ValueError(f"{name}: expected {dim} dimensions {symbols}, got shape {list(x.shape)}")
 
 
-def expect_dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+def expect_dtype(name: str, x: Tensor, dtypes: Sequence[torch.dtype], why: str = "") -> None:
+    """``why`` says where the first of the dtypes comes from."""
     if x.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(
-            f"{name}: expected dtype {names}, got {str(x.dtype).removeprefix('torch.')}"
-        )
+        names = [str(d).removeprefix("torch.") for d in dtypes]
+        names[0] += f" ({why})" if why else ""
+        got = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected dtype {', '.join(names)}, got {got}")
 
 
 def expect_device(name: str, x: Tensor, device: torch.device) -> None:
@@ -121,6 +122,8 @@ def number(
     """Splits a server-changed number into the schema's pair (Python number, tensor or None).
 
     A tensor is 0-d or [batch] (``batch=None``: 0-d only), on ``device``; ints for ``kind=int``.
+    Under ``torch.compile`` a float becomes a 0-d tensor, for Dynamo would compile anew for each
+    new value of a float argument, and give up after eight.
     """
     if isinstance(value, Tensor):
         if value.dim() != 0 and (batch is None or tuple(value.shape) != (batch,)):
@@ -129,16 +132,27 @@ def number(
         expect_dtype(name, value, INTS if kind is int else (*FLOATS, *INTS))
         expect_device(name, value, device)
         return kind(0), value.detach() if value.requires_grad else value
+    value = static_number(name, value, kind=kind, minimum=minimum)
+    if kind is float and torch.compiler.is_compiling():
+        # zeros + value stays one graph for all values; torch.full and torch.tensor do not
+        return 0.0, torch.zeros((), dtype=torch.float64, device=device) + value
+    return value, None
+
+
+def static_number(
+    name: str, value: Any, *, kind: type = float, minimum: float | None = None
+) -> Any:
+    """A number that does not change between steps: no tensor."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         what = "an integer" if kind is int else "a number"
-        raise TypeError(f"{name}: expected {what} or a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     if kind is int and not isinstance(value, (int, numbers.Integral)):
-        raise TypeError(f"{name}: expected an integer or an integer tensor, got {value!r}")
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value != value:  # not math.isnan, which torch.compile cannot trace on a changing float
         raise ValueError(f"{name}: expected a number, got nan")
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-    return kind(value), None
+    return kind(value)
 
 
 def signed64(value: int) -> int:

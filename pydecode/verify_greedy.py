@@ -22,6 +22,7 @@ from .validation import (
     expect_shape,
     expect_tensor,
     number,
+    static_number,
 )
 
 
@@ -125,9 +126,9 @@ def verify_greedy(
     args = (
         *(draft_tokens, target, parents, *count, depth, rule),
         *number("top_k", top_k, sizes.B, device, kind=int, minimum=1),
-        number("distance", distance, None, device, kind=int, minimum=0)[0],
-        number("posterior_threshold", posterior_threshold, None, device, minimum=0)[0],
-        number("posterior_alpha", posterior_alpha, None, device, minimum=0)[0],
+        static_number("distance", distance, kind=int, minimum=0),
+        static_number("posterior_threshold", posterior_threshold, minimum=0),
+        static_number("posterior_alpha", posterior_alpha, minimum=0),
         *number("temperature", temperature, sizes.B, device, minimum=0),
         *(row_index, allowed, choose("verify_greedy", backend)),
     )

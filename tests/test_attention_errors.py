@@ -68,7 +68,7 @@ def test_bad_tensors(op: str) -> None:
             ValueError,
             "q: expected Hq a multiple of Hkv = 2, got Hq = 3",
         ),
-        (1, lambda x: x.half(), TypeError, f"{k}: expected dtype float64, float8"),
+        (1, lambda x: x.half(), TypeError, f"{k}: expected dtype float64 .as q has., float8"),
         (
             1,
             lambda x: x[0],

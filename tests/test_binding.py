@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from examples import EXAMPLES
 from torch.utils import _pytree as pytree
 
@@ -102,3 +103,49 @@ def test_backends_run_or_raise(op: str) -> None:
         function(*args, **kwargs, backend="cuda")
     with pytest.raises(ValueError, match="backend: expected None or one of"):
         function(*args, **kwargs, backend="cudnn")
+
+
+def steps(name: str) -> Any:
+    """A call with the Python number(s) of step i, as a server makes them."""
+    logits, drafts = torch.randn(2, 4, 20), torch.randint(20, (2, 3))
+    q, kv, cache = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 8), torch.randn(1, 64, 2, 8)
+    tokens = torch.full((2, 4), 19)
+    return {
+        "seed, offset, positions": lambda i: pydecode.rejection_sample(
+            logits, drafts, seed=i, offset=2 * i, positions=3 * i
+        ),
+        "temperature, top_p, num_drafts": lambda i: pydecode.rejection_sample(
+            logits, drafts, temperature=0.5 + i / 7, top_p=0.5 + i / 50, num_drafts=i % 4
+        ),
+        "verify_greedy": lambda i: pydecode.verify_greedy(
+            drafts, logits, rule="typical", temperature=0.3 + i
+        ),
+        "cache_seqlens": lambda i: pydecode.tree_attention(
+            q, cache, cache, kv, kv, cache_seqlens=i + 2
+        ),
+        "threshold, k": lambda i: pydecode.unmask(
+            tokens, logits, mask_id=19, rule="threshold", threshold=i / 20, offset=i
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "seed, offset, positions",
+        "temperature, top_p, num_drafts",
+        "verify_greedy",
+        "cache_seqlens",
+        "threshold, k",
+    ],
+)
+def test_new_numbers_do_not_recompile(name: str) -> None:
+    """Twenty steps with other Python numbers: a few graphs, and the eager results."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    function = steps(name)
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for i in range(20):
+        for x, y in zip(tensors(compiled(i)), tensors(function(i))):
+            torch.testing.assert_close(x, y, equal_nan=True, rtol=0, atol=0)
+    assert counter.frame_count <= 5

@@ -114,9 +114,10 @@ def _methods(lm: Any) -> list[Method]:
         Method("HF generate", _hugging_face(lm, None), baseline=True),
         Method("HF prompt lookup, K=4", _hugging_face(lm, 4), baseline=True),
         Method("HF prompt lookup, K=12", _hugging_face(lm, 12), baseline=True),
+        Method("HF prompt lookup, K=32", _hugging_face(lm, 32), baseline=True),
         Method("plain greedy", _ours(lm, lambda: None)),
-        Method("chain, prompt lookup", _ours(lm, PromptLookup)),
-        Method("tree, prompt lookup", _ours(lm, lambda: PromptLookup(candidates=3))),
+        Method("chain, prompt lookup, K<=32", _ours(lm, PromptLookup)),
+        Method("tree, prompt lookup, K<=32", _ours(lm, lambda: PromptLookup(candidates=3))),
         Method("chain, skipped layers", _ours(lm, lambda: ModelDrafter(lm.skipping(SKIPPED)))),
     ]
 
@@ -189,7 +190,7 @@ def _stream(
     count: int,
 ) -> None:
     """Streams one answer: accepted drafts in green, the model's own tokens plain."""
-    method = next(m for m in methods if m.name == "tree, prompt lookup")
+    method = next(m for m in methods if m.name.startswith("tree, prompt lookup"))
     console.rule(f"{prompt}: {method.name}, accepted drafts in [green]green[/green]")
     prefix = REWRITE_PREFIX if prompt == "rewrite" else ""
     console.print(f"[dim]{prefix}[/dim]", end="")
@@ -216,34 +217,41 @@ def _table(
     outcomes: dict[tuple[str, str, str], Outcome],
 ) -> Table:
     plain = outcomes[prompt, dtype, "plain greedy"]
+    timed = len(plain.seconds) > 1  # one cold round proves identity, and is no measurement
+    columns = ["tokens", "passes", "tokens a pass", Column("accepted", no_wrap=True)]
+    if timed:
+        columns += [Column("tokens/s (min..max)", no_wrap=True), "x plain", "x HF"]
     table = Table(
         Column("method", no_wrap=True),
-        "tokens/s",
-        "min..max",
-        "x plain",
-        "tokens a pass",
-        Column("accepted", no_wrap=True),
-        "passes",
+        *columns,
         Column("identical to plain", no_wrap=True),
         title=f"{prompt}, {dtype}, {len(ids)} prompt tokens, {torch.get_num_threads()} threads",
         title_justify="left",
-        caption="HF: Hugging Face's generate, with its own cache and SDPA; gap: of the two logits",
+        caption=f"tokens/s: median of {len(plain.seconds)} interleaved rounds, prompt pass included; "
+        "HF: Hugging Face's generate"
+        if timed
+        else None,
         caption_justify="left",
     )
-    speed_of_plain = _speeds(plain)
+    bases = [statistics.median(_speeds(plain))]
+    bases.append(statistics.median(_speeds(outcomes[prompt, dtype, methods[0].name])))
     for method in methods:
         outcome = outcomes[prompt, dtype, method.name]
-        speeds = _speeds(outcome)
-        ratio = statistics.median(speeds) / statistics.median(speed_of_plain)
         share = f"{outcome.num_accepted / outcome.drafted:.0%}" if outcome.drafted else "-"
-        table.add_row(
-            method.name,
-            f"{statistics.median(speeds):.1f}",
-            f"{min(speeds):.1f}..{max(speeds):.1f}",
-            f"{ratio:.2f}",
+        cells = [
+            str(len(outcome.tokens)),
+            str(outcome.passes),
             f"{len(outcome.tokens) / outcome.passes:.2f}",
             f"{outcome.num_accepted}/{outcome.drafted} {share}" if outcome.drafted else "-",
-            str(outcome.passes),
+        ]
+        if timed:
+            speeds = _speeds(outcome)
+            speed = statistics.median(speeds)
+            cells.append(f"{speed:.1f} ({min(speeds):.1f}..{max(speeds):.1f})")
+            cells += [f"{speed / base:.2f}" for base in bases]
+        table.add_row(
+            method.name,
+            *cells,
             _identical(lm, ids, plain.tokens, outcome.tokens),
             style="dim" if method.baseline else None,
         )
@@ -265,7 +273,7 @@ def _identical(lm: Any, ids: list[int], plain: list[int], tokens: list[int]) -> 
         return f"[yellow]one ends at {same}[/yellow]"
     logits = _logits_after(lm, ids + plain[:same])
     gap = abs(float(logits[plain[same]] - logits[tokens[same]]))
-    return f"[yellow]to token {same}, gap {gap:.3f}[/yellow]"
+    return f"[yellow]to token {same} (logit gap {gap:.3f})[/yellow]"
 
 
 def _logits_after(lm: Any, ids: list[int]) -> Tensor:

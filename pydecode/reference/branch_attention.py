@@ -79,4 +79,5 @@ def branch_attention(
     out = out.view(B, K, L, Hq, v.shape[-1])
     if not return_lse:
         return out, lse.new_empty(0)
-    return out, lse.view(B, Hq, K, L).transpose(1, 2).contiguous()
+    lse = lse.view(B, Hq, K, L).transpose(1, 2)
+    return out, lse.clone(memory_format=torch.contiguous_format)

@@ -121,11 +121,11 @@ def filtered_support(x: Tensor, f: Filters) -> Tensor:
         above = torch.nn.functional.pad(mass[..., :-1], (1, 0))  # before each rank
         last = (above < top_p).sum(-1, keepdim=True) - 1  # ties with it stay as well
         edge = ordered.gather(-1, last.clamp(min=0))
-        keep = keep & ((p >= edge) | (top_p >= 1))
+        keep = keep & ((p >= edge) | ~(top_p < 1))
     if f.min_p is not None:
         p = x.masked_fill(~keep, -torch.inf).softmax(-1)
-        min_p = f.min_p[:, None, None]
-        keep = keep & ((p >= min_p * p.amax(-1, keepdim=True)) | (min_p <= 0))
+        min_p = f.min_p[:, None, None].clamp(max=1.0)  # above 1 nothing would be left
+        keep = keep & ((p >= min_p * p.amax(-1, keepdim=True)) | ~(min_p > 0))
     return keep
 
 
@@ -166,10 +166,9 @@ def given_law(p: Tensor, f: Filters, allowed: Tensor | None = None) -> tuple[Ten
         p = p.masked_fill(~allowed_bits(allowed, p.shape[-1]), 0.0)
     total = p.cumsum(-1)[..., -1:] if p.shape[-1] else p.sum(-1, keepdim=True)
     good = (p >= 0).all(-1) & (total[..., 0] > 0) & total[..., 0].isfinite()
-    p = torch.where(good[..., None], p / total, 0.0)
     greedy = (f.temperature == 0)[:, None, None]
-    p = torch.where(greedy & good[..., None], one_hot_argmax(p), p)
-    return p, good & (f.temperature >= 0)[:, None]
+    p = torch.where(greedy, one_hot_argmax(p), p / total)  # dividing first could merge neighbours
+    return torch.where(good[..., None], p, 0.0), good & (f.temperature >= 0)[:, None]
 
 
 def law(

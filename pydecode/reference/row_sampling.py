@@ -92,7 +92,7 @@ def excluded_ids(
     for token in ids:  # no tensor is made of the list: that copy would synchronise
         excluded = excluded | (v == token)
     if tensor is not None:
-        listed = tensor.long().reshape(-1, tensor.shape[-1])
+        listed = tensor.long()[None] if tensor.dim() == 1 else tensor.long()
         inside = (listed >= 0) & (listed < vocab)
         marks = torch.zeros(listed.shape[0], vocab + 1, dtype=torch.bool, device=device)
         marks = marks.scatter(-1, torch.where(inside, listed, vocab), True)

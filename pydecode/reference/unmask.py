@@ -144,13 +144,14 @@ def step(
     uniforms: Tensor | None,
 ) -> Result:
     """Commits what the rule says; a NaN score [B, L] is a row that cannot be committed."""
+    tokens = tokens.contiguous()  # results are contiguous, whatever the strides of the arguments
     masked = (tokens == mask_id) & window
     committed = commits(rule, scores, masked, external, uniforms)
     result = torch.where(committed, proposals.long(), tokens)
     return (
-        result,
-        committed,
+        result.contiguous(),
+        committed.contiguous(),
         committed.sum(-1, dtype=torch.int32),
         (masked & ~committed).sum(-1, dtype=torch.int32),
-        torch.where(masked & ~scores.isnan(), scores, -torch.inf),
+        torch.where(masked & ~scores.isnan(), scores, -torch.inf).contiguous(),
     )

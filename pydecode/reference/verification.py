@@ -58,4 +58,4 @@ def unfiltered_logprobs(
     if allowed is not None:
         x = x.masked_fill(~laws.allowed_bits(allowed, x.shape[-1]), -torch.inf)
     x, _ = laws.usable_logits(x)
-    return (x / f.temperature.to(x.dtype)[:, None, None]).log_softmax(-1)
+    return laws.tempered_logits(x, f.temperature).log_softmax(-1)

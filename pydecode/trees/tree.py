@@ -1,6 +1,6 @@
 """What the builders return."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,14 @@ class Tree(_Tensors):
         self = super().__new__(cls, parents, depths, mask, choice)
         self.max_depth = max(parents.shape[-1] - 1, 0) if max_depth is None else max_depth
         return self
+
+    def _replace(self, **tensors: Any) -> "Tree":
+        """The same tree with some tensors replaced; the bound on its depth stays."""
+        return Tree(**{**self._asdict(), **tensors}, max_depth=self.max_depth)
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> "Tree":  # type: ignore[override]
+        return cls(*iterable)
 
     def to(self, device: torch.device | str) -> "Tree":
         """The same tree with its tensors on another device."""
