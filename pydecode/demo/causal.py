@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct: plain decoding against chains and trees, with honest baselines."""
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -56,6 +57,8 @@ class Method(NamedTuple):
 
 def show(console: Console, *, max_new_tokens: int, rounds: int) -> Shown:
     """Runs every method on every prompt, streams one answer each, prints the tables."""
+    if importlib.util.find_spec("transformers"):  # its bars would run through ours
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
     with _progress(console) as progress:
         progress.add_task(
             "loading SmolLM2-135M-Instruct (the first time 20 s; 540 MB are kept in "
@@ -218,7 +221,12 @@ def _table(
 ) -> Table:
     plain = outcomes[prompt, dtype, "plain greedy"]
     timed = len(plain.seconds) > 1  # one cold round proves identity, and is no measurement
-    columns = ["tokens", "passes", "tokens a pass", Column("accepted", no_wrap=True)]
+    columns: list[Column | str] = [
+        "tokens",
+        "passes",
+        "tokens a pass",
+        Column("accepted", no_wrap=True),
+    ]
     if timed:
         columns += [Column("tokens/s (min..max)", no_wrap=True), "x plain", "x HF"]
     table = Table(
@@ -227,7 +235,7 @@ def _table(
         Column("identical to plain", no_wrap=True),
         title=f"{prompt}, {dtype}, {len(ids)} prompt tokens, {torch.get_num_threads()} threads",
         title_justify="left",
-        caption=f"tokens/s: median of {len(plain.seconds)} interleaved rounds, prompt pass included; "
+        caption=f"tokens/s: median of {len(plain.seconds)} interleaved rounds, prompt included; "
         "HF: Hugging Face's generate"
         if timed
         else None,
