@@ -120,6 +120,15 @@ def test_prompt_lookup_adapts() -> None:
         drafter.update([accepted])
     assert sizes == [4, 8, 10]
     assert drafter.budget == [4]
+    # a match of max_ngram tokens drafts max_tokens at once, until that is mostly rejected
+    sequence[:] = [*range(30), *range(6)]
+    drafter.start([sequence], None)  # type: ignore[arg-type]
+    sizes = []
+    for accepted in (2, 0):
+        draft = drafter.propose([sequence], last, None, [50])  # type: ignore[arg-type]
+        sizes.append(draft.tokens.shape[1])
+        drafter.update([accepted])
+    assert sizes == [10, 3]
 
 
 def test_empty_prompt_is_an_error() -> None:

@@ -85,7 +85,8 @@ class PromptLookup:
     before is looked up. ``candidates=1`` drafts what followed its latest occurrence, as a chain;
     more candidates (distinct continuations, latest first) become a trie. The draft length adapts
     per request: it doubles, up to ``max_tokens``, while everything is accepted, and falls back
-    to one more than what was accepted, from ``num_tokens`` at the start.
+    to one more than what was accepted, from ``num_tokens`` at the start. A match of ``max_ngram``
+    tokens is hardly chance, and drafts ``max_tokens`` at once, until a draft is mostly rejected.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class PromptLookup:
     def start(self, sequences: Sequence[list[int]], cache: PagedCache) -> None:
         self.budget = [self.num_tokens] * len(sequences)
         self.proposed = [0] * len(sequences)
+        self.trusted = [True] * len(sequences)  # whether a long match drafts max_tokens at once
         # n-gram -> positions behind its occurrences, grown as the sequences grow
         self.index: list[dict[tuple[int, ...], list[int]]] = [{} for _ in sequences]
         self.indexed = [0] * len(sequences)
@@ -113,7 +115,7 @@ class PromptLookup:
         found = []
         for b, sequence in enumerate(sequences):
             self._grow(b, sequence)
-            found.append(self._lookup(b, sequence, min(self.budget[b], room[b])))
+            found.append(self._lookup(b, sequence, room[b]))
             self.proposed[b] = max(map(len, found[b]), default=0)
         width = max(self.proposed, default=0)
         if self.candidates == 1:
@@ -147,6 +149,7 @@ class PromptLookup:
         for b, (a, proposed) in enumerate(zip(accepted, self.proposed)):
             if proposed:
                 self.budget[b] = min(2 * proposed, self.max_tokens) if a >= proposed else a + 1
+                self.trusted[b] = 2 * a >= proposed
 
     def _grow(self, b: int, sequence: list[int]) -> None:
         index = self.index[b]
@@ -156,12 +159,14 @@ class PromptLookup:
                     index.setdefault(tuple(sequence[end - n : end]), []).append(end)
         self.indexed[b] = max(self.indexed[b], len(sequence) - 1)
 
-    def _lookup(self, b: int, sequence: list[int], length: int) -> list[list[int]]:
-        """Distinct continuations, of the longest n-gram first, each at most ``length`` tokens."""
+    def _lookup(self, b: int, sequence: list[int], room: int) -> list[list[int]]:
+        """Distinct continuations, of the longest n-gram first, each at most ``room`` tokens."""
         found: list[list[int]] = []
-        if length <= 0:
+        if room <= 0:
             return found
         for n in self.ngrams:
+            sure = n == self.ngrams.start and self.trusted[b]
+            length = min(self.max_tokens if sure else self.budget[b], room)
             for end in reversed(self.index[b].get(tuple(sequence[-n:]), ())):
                 continuation = sequence[end : end + length]
                 if all(continuation != c[: len(continuation)] for c in found):

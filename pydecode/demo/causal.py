@@ -221,22 +221,15 @@ def _table(
 ) -> Table:
     plain = outcomes[prompt, dtype, "plain greedy"]
     timed = len(plain.seconds) > 1  # one cold round proves identity, and is no measurement
-    columns: list[Column | str] = [
-        "tokens",
-        "passes",
-        "tokens a pass",
-        Column("accepted", no_wrap=True),
-    ]
+    columns = ["tokens", "passes", "a pass", "accepted"]
     if timed:
-        columns += [Column("tokens/s (min..max)", no_wrap=True), "x plain", "x HF"]
+        columns += ["tokens/s (min..max)", "x plain", "x HF"]
     table = Table(
-        Column("method", no_wrap=True),
-        *columns,
-        Column("identical to plain", no_wrap=True),
+        *(Column(name, no_wrap=True) for name in ("method", *columns, "same as plain")),
         title=f"{prompt}, {dtype}, {len(ids)} prompt tokens, {torch.get_num_threads()} threads",
         title_justify="left",
         caption=f"tokens/s: median of {len(plain.seconds)} interleaved rounds, prompt included; "
-        "HF: Hugging Face's generate"
+        "HF: Hugging Face's generate; same as plain up to a token, and the logits' gap there"
         if timed
         else None,
         caption_justify="left",
@@ -278,10 +271,10 @@ def _identical(lm: Any, ids: list[int], plain: list[int], tokens: list[int]) -> 
         (i for i, (a, b) in enumerate(zip(plain, tokens)) if a != b), min(len(plain), len(tokens))
     )
     if same == min(len(plain), len(tokens)):
-        return f"[yellow]one ends at {same}[/yellow]"
+        return f"[yellow]ends at {same}[/yellow]"
     logits = _logits_after(lm, ids + plain[:same])
     gap = abs(float(logits[plain[same]] - logits[tokens[same]]))
-    return f"[yellow]to token {same} (logit gap {gap:.3f})[/yellow]"
+    return f"[yellow]to {same}, gap {gap:.3f}[/yellow]"
 
 
 def _logits_after(lm: Any, ids: list[int]) -> Tensor:
