@@ -28,8 +28,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console()
-if not console.is_terminal:  # in a log file, tables need not fit 80 columns
-    console = Console(width=120)
+if not console.is_terminal:  # in a log file, tables need not fold at 80 columns
+    console = Console(width=132)
 
 
 class Model(str, Enum):

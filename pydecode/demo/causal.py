@@ -115,12 +115,12 @@ def _chat(tokenizer: Any, question: str, answer: str) -> list[int]:
 def _methods(lm: Any) -> list[Method]:
     return [
         Method("HF generate", _hugging_face(lm, None), baseline=True),
-        Method("HF prompt lookup, K=4", _hugging_face(lm, 4), baseline=True),
-        Method("HF prompt lookup, K=12", _hugging_face(lm, 12), baseline=True),
-        Method("HF prompt lookup, K=32", _hugging_face(lm, 32), baseline=True),
+        Method("HF lookup, K=4", _hugging_face(lm, 4), baseline=True),
+        Method("HF lookup, K=12", _hugging_face(lm, 12), baseline=True),
+        Method("HF lookup, K=32", _hugging_face(lm, 32), baseline=True),
         Method("plain greedy", _ours(lm, lambda: None)),
-        Method("chain, prompt lookup, K<=32", _ours(lm, PromptLookup)),
-        Method("tree, prompt lookup, K<=32", _ours(lm, lambda: PromptLookup(candidates=3))),
+        Method("chain, lookup, K<=32", _ours(lm, PromptLookup)),
+        Method("tree, lookup, K<=32", _ours(lm, lambda: PromptLookup(candidates=3))),
         Method("chain, skipped layers", _ours(lm, lambda: ModelDrafter(lm.skipping(SKIPPED)))),
     ]
 
@@ -193,7 +193,7 @@ def _stream(
     count: int,
 ) -> None:
     """Streams one answer: accepted drafts in green, the model's own tokens plain."""
-    method = next(m for m in methods if m.name.startswith("tree, prompt lookup"))
+    method = next(m for m in methods if m.name.startswith("tree, lookup"))
     console.rule(f"{prompt}: {method.name}, accepted drafts in [green]green[/green]")
     prefix = REWRITE_PREFIX if prompt == "rewrite" else ""
     console.print(f"[dim]{prefix}[/dim]", end="")
@@ -225,11 +225,11 @@ def _table(
     if timed:
         columns += ["tokens/s (min..max)", "x plain", "x HF"]
     table = Table(
-        *(Column(name, no_wrap=True) for name in ("method", *columns, "same as plain")),
+        *(Column(name, no_wrap=name == "method") for name in ("method", *columns, "same as plain")),
         title=f"{prompt}, {dtype}, {len(ids)} prompt tokens, {torch.get_num_threads()} threads",
         title_justify="left",
         caption=f"tokens/s: median of {len(plain.seconds)} interleaved rounds, prompt included; "
-        "HF: Hugging Face's generate; same as plain up to a token, and the logits' gap there"
+        "HF: Hugging Face's generate; lookup: prompt lookup; gap: of the two tokens' logits"
         if timed
         else None,
         caption_justify="left",
