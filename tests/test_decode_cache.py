@@ -125,3 +125,14 @@ def test_bad_sizes_raise(name: str, value: int) -> None:
 
 def test_doctest() -> None:
     assert doctest.testmod(pydecode.decode.cache).failed == 0
+
+
+@pytest.mark.parametrize("page", [-1, 2])
+def test_an_unmapped_page_reaches_no_other_layer(page: int) -> None:
+    """All layers are written by one call, as one pool: a page outside it must not alias."""
+    cache = PagedCache(3, 1, 8, 1, 2, page_size=4)
+    cache.block_table[0, 0] = page
+    rows = [torch.ones(1, 2, 1, 2) for _ in range(3)]
+    cache.write((0, 1, 2), rows, rows, torch.tensor([[1, 4]]))  # one on the bad page, one not
+    assert cache.k[:, 0].count_nonzero() == 0
+    assert cache.k[:, 1, 0].count_nonzero() == cache.k.count_nonzero() == 6

@@ -102,13 +102,16 @@ class PagedCache:
         """
         num_pages = self.k.shape[1]
         first = torch.tensor(layers, device=slots.device)[:, None, None] * num_pages
+        table = self.block_table
+        # an unmapped page must stay unmapped: -1 would be the last page of the layer before
+        mapped = (table >= 0) & (table < num_pages)
         write_kv(
             torch.cat(tuple(k)),
             torch.cat(tuple(v)),
             self.k.flatten(0, 1),
             self.v.flatten(0, 1),
             positions=slots.repeat(len(layers), 1),
-            block_table=(first + self.block_table).flatten(0, 1),
+            block_table=torch.where(mapped, first + table, -1).flatten(0, 1),
         )
 
     def commit(self, path: Tensor, num_accepted: Tensor) -> None:

@@ -26,6 +26,7 @@ FIRST_POSITION = PAD + 1  # fairseq's embeddings of positions begin behind the p
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, L, H, D] -> [B, L, H, D]
 
 # Variable regions of well-known therapeutic antibodies, to show the model on: heavy and light.
+# Written down from memory, not from a database: material for a demonstration, not for biology.
 SEQUENCES = {
     "trastuzumab": (
         "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSL"
