@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 import pydecode
 from pydecode import ranks, trees
 
-from ..decode.cache import PagedCache
+from ...decode.cache import PagedCache
 
 NAME = "pydecode"
 
@@ -40,6 +39,8 @@ def register() -> None:
 
     Only the attention: transformers builds no mask for a name that is not in its mask interface.
     """
+    from transformers import AttentionInterface
+
     AttentionInterface.register(NAME, attention)
 
 

@@ -1,24 +1,17 @@
-"""Hugging Face transformers on pydecode: the attention implementation, and models for the loops.
-
-Importing this module registers the attention implementation "pydecode", so that any model that
-supports attention backends takes it (``from_pretrained(..., attn_implementation="pydecode")``).
-``CausalLM`` makes such a model the callable of the decode loops, over a paged cache of ours.
-
-Written for transformers 5.23. A model that passes something the attention does not know raises.
-"""
+"""A Hugging Face causal language model as the callable of pydecode's decode loops."""
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ..decode.cache import PagedCache
-from .transformers_attention import NAME, Step, attention, register
+from ...decode.cache import PagedCache
+from .attention import NAME, Step, register
 
-__all__ = ["NAME", "CausalLM", "Step", "attention", "register"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CausalLM:
@@ -42,7 +35,7 @@ class CausalLM:
     torch.Size([1, 3, 50])
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         _expect_supported(model)
         register()
         if model.config._attn_implementation != NAME:
@@ -149,7 +142,7 @@ def _with_module(parent: nn.Module, name: str, child: nn.Module) -> Any:
     return result
 
 
-def _expect_supported(model: PreTrainedModel) -> None:
+def _expect_supported(model: "PreTrainedModel") -> None:
     """Models whose cache is not one K and one V a layer need handling of their own."""
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
@@ -161,6 +154,3 @@ def _expect_supported(model: PreTrainedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"model: {name} has layers of {sorted(kinds)}")
-
-
-register()

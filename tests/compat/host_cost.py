@@ -1,0 +1,104 @@
+"""What an adapter costs the host beyond the ops that it calls.
+
+The ops are replaced by a look-up of what they returned the first time, so that what is left is the
+adapter's own: its checks, its reshapes, its launches. ``python tests/compat/host_cost.py`` prints
+the table.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pydecode
+from pydecode.schemas import SCHEMAS
+
+# Public functions that are ops: (where they live, name).
+OPS = [
+    (place, name)
+    for place in (pydecode, pydecode.trees)
+    for name in dir(place)
+    if callable(getattr(place, name))
+    and (name in SCHEMAS or f"tree_{name}" in SCHEMAS or f"{name}_tree" in SCHEMAS)
+]
+
+
+@contextmanager
+def remembered_ops() -> Iterator[list[str]]:
+    """Inside, every op runs once and from then on gives back what it returned; yields the calls."""
+    calls: list[str] = []
+    originals = [(place, name, getattr(place, name)) for place, name in OPS]
+
+    def remembering(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        results: list[Any] = []
+
+        def op(*args: Any, **kwargs: Any) -> Any:
+            if not results:
+                calls.append(name)
+                results.append(original(*args, **kwargs))
+            return results[0]
+
+        return op
+
+    try:
+        for place, name, original in originals:
+            setattr(place, name, remembering(name, original))
+        yield calls
+    finally:
+        for place, name, original in originals:
+            setattr(place, name, original)
+
+
+def host_microseconds(call: Callable[[], Any], *, seconds: float = 0.2) -> float:
+    """The fastest of many short runs: what the machine does when nobody disturbs it."""
+    with remembered_ops():
+        call()
+        best, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            for _ in range(20):
+                call()
+            best = min(best, (time.perf_counter() - start) / 20)
+    return best * 1e6
+
+
+class Launches(TorchDispatchMode):
+    """Counts what reaches the dispatcher; a pydecode op is one, and views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and func.overloadpacket is not torch.ops.aten.detach
+        return func(*args, **kwargs or {})
+
+
+def launches(call: Callable[[], Any]) -> int:
+    with Launches() as mode:
+        call()
+    return mode.count
+
+
+def main() -> None:
+    from adapters import ADAPTERS
+
+    torch.set_num_threads(1)
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    print(f"{'adapter':56} {'us':>7} {'budget':>7} {'launches':>9}")
+    for name, adapter in ADAPTERS.items():
+        if wanted in name:
+            function, args, kwargs = adapter.make(4)
+            cost = host_microseconds(lambda: function(*args, **kwargs), seconds=1.0)  # noqa: B023
+            count = launches(lambda: function(*args, **kwargs))  # noqa: B023
+            print(f"{name:56} {cost:7.1f} {adapter.budget:7.0f} {count:9}")
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    main()
