@@ -1,4 +1,4 @@
-"""The command line: ``pydecode info`` and ``pydecode demo``.
+"""The command line: ``pydecode info``, ``demo`` and ``check``.
 
 Typer and Rich come with ``pip install 'pydecode[cli]'``; without them one line says so.
 """
@@ -30,6 +30,11 @@ app = typer.Typer(
 console = Console()
 if not console.is_terminal:  # in a log file, tables need not fold at 80 columns
     console = Console(width=132)
+
+
+from .check.command import check  # noqa: E402  (needs rich)
+
+app.command()(check)
 
 
 class Model(str, Enum):

@@ -1,7 +1,13 @@
-"""Reads the schema's (number, tensor) pairs."""
+"""Reads the schema's (number, tensor) pairs, and says in which dtype the references compute."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+_at_input_dtype: ContextVar[bool] = ContextVar("at_input_dtype", default=False)
 
 
 def per_request(
@@ -20,4 +26,19 @@ def per_request(
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of accumulations: fp64 for fp64 inputs, else fp32."""
+    if _at_input_dtype.get():
+        return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def at_input_dtype() -> Iterator[None]:
+    """Inside, references compute in the dtype of their inputs, as plain PyTorch would.
+
+    What a kernel's error is held against: the same formula, without our wider accumulation.
+    """
+    token = _at_input_dtype.set(True)
+    try:
+        yield
+    finally:
+        _at_input_dtype.reset(token)

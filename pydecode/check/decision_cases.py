@@ -1,0 +1,264 @@
+"""Random cases of verification and unmasking: ops whose results are decisions about tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import sample_and_score as sample
+from .draw import Case, Draw
+
+TREE_RULES = (
+    "recursive",
+    "without_replacement",
+    "k_seq",
+    "traversal",
+    "traversal_without_replacement",
+    "target_only",
+)
+COMMIT_RULES = (
+    "top_k",
+    "threshold",
+    "factor",
+    "entropy",
+    "entropy_bound",
+    "prefix",
+    "sequential",
+    "segments",
+    "posterior",
+    "external",
+)
+
+
+def _vocab(d: Draw) -> int:
+    return d.choice([1, 2, 127, 1000, 5003, 128256 if d.big else 5003])
+
+
+def _logits(d: Draw, *shape: int) -> Tensor:
+    """Logits in a padded vocabulary, some of them -inf."""
+    x = d.normal(*shape[:-1], shape[-1] + d.choice([0, 8]), scale=3.0)[..., : shape[-1]]
+    return x.masked_fill(d.bools(0.05, *x.shape), -torch.inf) if shape[-1] > 20 else x
+
+
+def _near(d: Draw, x: Tensor) -> Tensor:
+    """A draft model's logits, near enough to the target's that drafts are accepted."""
+    return x + d.normal(*x.shape)
+
+
+def _poison(d: Draw, x: Tensor) -> str:
+    """A NaN in some row now and then: that request, and no other, must be undecided."""
+    if not d.chance(0.2) or not x.numel():
+        return ""
+    x.view(-1, x.shape[-1])[d.integer(0, x[..., 0].numel() - 1), -1] = torch.nan
+    return " NaN"
+
+
+def _filters(d: Draw, B: int) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {}
+    kind = d.choice(["one", "greedy", "each"])
+    kwargs["temperature"] = {"one": 0.8, "greedy": 0.0, "each": d.uniform(B).round(decimals=1)}[
+        kind
+    ]
+    if d.chance(0.4):
+        kwargs["top_k"] = d.choice([3, 50, d.integers(0, 20, B)])
+    if d.chance(0.4):
+        kwargs["top_p"] = d.choice([0.9, d.uniform(B)])
+    if d.chance(0.2):
+        kwargs["min_p"] = 0.05
+    return kwargs
+
+
+def _keys(d: Draw, B: int) -> dict[str, Any]:
+    return dict(
+        seed=d.choice([7, d.integers(0, 2**40, B, dtype=torch.int64)]),
+        offset=d.integer(0, 2**40),
+        positions=d.choice([5, d.integers(0, 9999, B)]),
+    )
+
+
+def _drafted(d: Draw, law: Tensor) -> Tensor:
+    """Tokens from softmax(law), by inverse CDF in fp64."""
+    p = law.double().nan_to_num(-50.0, 50.0, -50.0).softmax(-1).cumsum(-1)
+    u = d.uniform(*law.shape[:-1])[..., None] * p[..., -1:]
+    return (p <= u).sum(-1).clamp(max=law.shape[-1] - 1)
+
+
+def _label(**parts: Any) -> str:
+    return " ".join(f"{k}={v}" for k, v in parts.items())
+
+
+def rejection_sample(d: Draw) -> Case:
+    B, G, V = d.integer(1, 5), d.integer(0, 7), _vocab(d)
+    target = _logits(d, B, G + 1, V)
+    law = _near(d, target[:, :G])
+    tokens = _drafted(d, law)
+    kwargs = dict(_filters(d, B), **_keys(d, B), return_logprobs=True)
+    kwargs["rule"] = d.choice(["token", "block"])
+    kwargs["filter_draft"] = d.chance(0.5)
+    if d.chance(0.3):
+        kwargs["num_drafts"] = d.integers(0, G, B)
+    what = _poison(d, target)
+    draft: Tensor | None = law
+    kind = d.choice(["logits", "probs", "chosen"])
+    if kind == "probs":
+        kwargs["draft_probs"], draft = law.float().softmax(-1).to(law.dtype), None
+    elif kind == "chosen":
+        draft = None
+    if d.chance(0.4):  # packed rows
+        order = torch.randperm(B * (G + 1), generator=d.generator).to(d.device)
+        target = torch.empty_like(target).view(-1, V).index_copy_(0, order, target.reshape(-1, V))
+        kwargs["row_index"] = order.view(B, G + 1)
+        what += " packed"
+    label = _label(B=B, G=G, V=V, rule=kwargs["rule"], draft=kind) + what
+    return Case((target, tokens, draft), kwargs, label)
+
+
+def rejection_sample_tree(d: Draw) -> Case:
+    B, T, V = d.integer(1, 3), d.integer(1, 13), _vocab(d)
+    rule = d.choice(TREE_RULES)
+    parents = torch.stack([d.tree(T) for _ in range(d.choice([1, B]))])
+    target = _logits(d, B, T, V)
+    law = _near(d, target)
+    above = parents.expand(B, T).clamp(min=0)[..., None].expand(B, T, V)
+    tokens = _drafted(d, law.gather(1, above))
+    kwargs = dict(_filters(d, B), **_keys(d, B), return_logprobs=True, rule=rule)
+    kwargs["filter_draft"] = d.chance(0.5)
+    if d.chance(0.3):
+        kwargs["max_depth"] = d.integer(0, T)
+    if d.chance(0.3):
+        kwargs["num_drafts"] = d.integers(0, T - 1, B)
+    if rule == "target_only":
+        kwargs["threshold_single"] = d.choice([1.0, 0.5])
+        kwargs["threshold_acc"] = d.choice([1.0, 0.8])
+    elif d.chance(0.8):
+        kwargs["draft_logits"] = law
+    what = _poison(d, target)
+    return Case((target, tokens, parents), kwargs, _label(B=B, T=T, V=V, rule=rule) + what)
+
+
+def verify_greedy(d: Draw) -> Case:
+    B, T, V = d.integer(1, 5), d.integer(1, 13), max(_vocab(d), 2)
+    rule = d.choice(["exact", "top_k", "distance", "typical"])
+    target = _logits(d, B, T, V)
+    kwargs: dict[str, Any] = dict(rule=rule)
+    if d.chance(0.5):
+        tokens = d.integers(0, min(V - 1, 5), B, T - 1)
+    else:
+        kwargs["parents"] = torch.stack([d.tree(T) for _ in range(B)])
+        tokens = d.integers(0, min(V - 1, 5), B, T)
+    best = target.float().topk(min(3, V)).indices  # so that some drafts are right
+    right = best[..., 0] if "parents" in kwargs else best[:, : T - 1, 0]
+    tokens = torch.where(d.bools(0.6, *tokens.shape), right.to(tokens.dtype), tokens)
+    if rule == "top_k":
+        kwargs["top_k"] = d.choice([2, d.integers(1, 4, B)])
+    if rule == "distance":
+        kwargs["distance"] = 2
+    if rule == "typical":
+        kwargs["temperature"] = 0.7
+    what = _poison(d, target)
+    label = _label(B=B, T=T, V=V, rule=rule, tree="parents" in kwargs) + what
+    return Case((tokens, target), kwargs, label)
+
+
+def coupled_accept(d: Draw) -> Case:
+    B, M, V = d.integer(1, 4), d.integer(1, 6), max(_vocab(d), 2)
+    draft, verifier = _logits(d, B, M, V), _logits(d, B, M, V)
+    keys = dict(
+        temperature=0.9,
+        seed=d.integers(0, 2**40, B, dtype=torch.int64),
+        offset=d.integer(0, 99),
+        positions=d.integers(0, 99, B, M),
+    )
+    tokens = sample(draft, sampler="gumbel", backend="reference", **keys).tokens  # type: ignore[arg-type]
+    return Case((draft, verifier, tokens), dict(keys, ratio=0.5), _label(B=B, M=M, V=V))
+
+
+def jacobi_step(d: Draw) -> Case:
+    B, n = d.integer(1, 6), d.integer(1, 40)
+    draft = d.integers(0, 2, B, n)
+    target = torch.where(d.bools(0.8, B, n), draft.roll(-1, 1), 1)
+    return Case((draft, target), dict(num_valid=d.integers(1, n, B)), _label(B=B, n=n))
+
+
+def verify_states(d: Draw) -> Case:
+    B, K, L = d.integer(1, 4), d.integer(1, 6), d.integer(1, 33)
+    kwargs = dict(mask_id=0, rule=d.choice(["exact", "subset"]))
+    if d.chance(0.3):
+        kwargs["graph"] = d.bools(0.7, d.choice([1, B]), K, K)
+    states = d.integers(0, 1, B, K, 1) * d.integers(0, 1, B, 1, L) * 3
+    return Case((states, states.roll(1, 1)), kwargs, _label(B=B, K=K, L=L, rule=kwargs["rule"]))
+
+
+def sample_and_score(d: Draw) -> Case:
+    B, L, V = d.integer(1, 4), d.integer(1, 6), _vocab(d)
+    logits = _logits(d, B, L, V)
+    kwargs = dict(_filters(d, B), seed=d.integers(0, 2**40, B, dtype=torch.int64))
+    kwargs["confidence"] = d.choice(["probability", "margin", "neg_entropy", "random"])
+    kwargs["tempered"] = d.chance(0.4)
+    kwargs["sampler"] = d.choice(["inverse_cdf", "gumbel"])
+    kwargs["offset"] = d.integer(0, 2**40)
+    if d.chance(0.4):
+        kwargs["exclude_ids"] = d.integer(0, V - 1)
+    if d.chance(0.3):
+        kwargs["bias_ids"], kwargs["bias"] = d.integers(-1, V, B, L, 3), d.normal(B, L, 3)
+    what = _poison(d, logits)
+    if d.chance(0.3):
+        kwargs["row_index"] = d.integers(-1, B * L - 1, B, L)
+        logits = logits.view(B * L, -1) if logits.is_contiguous() else logits.reshape(B * L, V)
+        what += " packed"
+    label = _label(B=B, L=L, V=V, confidence=kwargs["confidence"], sampler=kwargs["sampler"])
+    return Case((logits,), kwargs, label + what)
+
+
+def _rule(d: Draw, B: int, L: int) -> dict[str, Any]:
+    rule = d.choice(COMMIT_RULES)
+    kwargs: dict[str, Any] = dict(rule=rule, strict=d.chance(0.3))
+    kwargs["k"] = d.choice([2, d.integers(0, L, B)])
+    kwargs["threshold"] = d.choice([0.3, d.uniform(B)])
+    kwargs["slack"], kwargs["factor"], kwargs["low"], kwargs["keep"] = 1e-3, 1.5, 0.2, 0.4
+    if rule == "external":
+        kwargs["external_score"] = d.uniform(B, L)
+    if d.chance(0.3):
+        kwargs["max_commit"] = d.integer(3, 5)
+    if d.chance(0.3):
+        kwargs["min_commit"] = d.integer(0, 3)
+    if d.chance(0.4):
+        kwargs["window"] = (d.integers(0, L, B), d.integer(0, L))
+    return kwargs
+
+
+def unmask(d: Draw) -> Case:
+    B, L, V = d.integer(1, 4), d.choice([1, 8, 32]), max(_vocab(d), 2)
+    mask_id = d.integer(0, V - 1)
+    tokens = d.integers(0, V - 1, B, L, dtype=torch.int64)
+    tokens = tokens.masked_fill(d.bools(0.7, B, L), mask_id)
+    logits = _logits(d, B, L, V)
+    kwargs = dict(_rule(d, B, L), **_filters(d, B), mask_id=mask_id, shift=d.choice([0, 0, 1]))
+    kwargs["confidence"] = d.choice(["probability", "margin", "neg_entropy"])
+    kwargs["seed"], kwargs["offset"] = d.integers(0, 2**40, B, dtype=torch.int64), 3
+    what = _poison(d, logits)
+    return Case((tokens, logits), kwargs, _label(B=B, L=L, V=V, rule=kwargs["rule"]) + what)
+
+
+def commit(d: Draw) -> Case:
+    B, L = d.integer(1, 4), d.choice([1, 8, 32, 300])
+    tokens = d.integers(0, 5, B, L, dtype=torch.int64)
+    scores = d.uniform(B, L).masked_fill(d.bools(0.05, B, L), torch.nan)
+    kwargs = dict(_rule(d, B, L), mask_id=0, seed=d.integers(0, 99, B, dtype=torch.int64))
+    args = (tokens, d.integers(-1, 5, B, L), scores)
+    return Case(args, kwargs, _label(B=B, L=L, rule=kwargs["rule"]))
+
+
+def remask(d: Draw) -> Case:
+    B, L = d.integer(1, 4), d.choice([1, 8, 300])
+    kwargs = dict(r=d.integers(0, L, B), mask_id=0)
+    return Case(
+        (d.integers(0, 5, B, L, dtype=torch.int64), d.uniform(B, L)), kwargs, f"B={B} L={L}"
+    )
+
+
+def soft_embed(d: Draw) -> Case:
+    rows, V, E = d.integer(1, 40), max(_vocab(d), 2), d.choice([8, 64])
+    kwargs = dict(mask_id=d.integer(0, V - 1), top_p=d.choice([None, 0.8]), ratio=0.6)
+    args = (d.normal(1, rows, V, scale=3.0), d.normal(V, E))
+    return Case(args, kwargs, _label(rows=rows, V=V, E=E))
