@@ -1,4 +1,4 @@
-"""Build script: maps the folder triton_kernels/ to the package pydecode.triton_kernels.
+"""Build script: maps triton_kernels/ to pydecode.triton_kernels, and bench/ to pydecode.bench.
 
 The Triton repository ships a top-level package called triton_kernels that vLLM and SGLang import;
 ours must never answer to that name, so the folder is installed under pydecode only.
@@ -7,7 +7,12 @@ ours must never answer to that name, so the folder is installed under pydecode o
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["pydecode", "pydecode.*"]), "pydecode.triton_kernels"],
-    package_dir={"pydecode.triton_kernels": "triton_kernels"},
+    packages=[
+        *find_packages(include=["pydecode", "pydecode.*"]),
+        "pydecode.triton_kernels",
+        "pydecode.bench",
+        "pydecode.bench.peers",
+    ],
+    package_dir={"pydecode.triton_kernels": "triton_kernels", "pydecode.bench": "bench"},
     package_data={"pydecode": ["py.typed"]},
 )

@@ -1,4 +1,4 @@
-"""The command line: ``pydecode info``, ``demo`` and ``check``.
+"""The command line: ``pydecode info``, ``demo``, ``check`` and ``bench``.
 
 Typer and Rich come with ``pip install 'pydecode[cli]'``; without them one line says so.
 """
@@ -32,9 +32,11 @@ if not console.is_terminal:  # in a log file, tables need not fold at 80 columns
     console = Console(width=132)
 
 
-from .check.command import check  # noqa: E402  (needs rich)
+from .bench.command import app as bench  # noqa: E402  (these need rich)
+from .check.command import check  # noqa: E402
 
 app.command()(check)
+app.add_typer(bench, name="bench")
 
 
 class Model(str, Enum):
