@@ -1,5 +1,6 @@
 """``pydecode bench`` and ``pydecode bench compare``: the command line's part."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes an op.")] = False,
     peers: Annotated[bool, typer.Option(help="Time the peers as well.")] = True,
     seconds: Annotated[float, typer.Option(help="Time for each contender of a shape.")] = 1.0,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds for the whole run; what is left out is said.")
+    ] = None,
     max_gb: Annotated[
         float | None, typer.Option(help="Leave out larger shapes; default: what fits.")
     ] = None,
@@ -50,8 +54,10 @@ def bench(
     ops = _chosen("op", op, run.ops())
     names = _chosen("backend", backend, list(pydecode.backends()))
     names = [b for b in names if backend or pydecode.backends()[b].available]
+    end = float("inf") if budget is None else time.monotonic() + budget
     contenders = all_peers() if peers else []
-    work = list(run.workloads(ops, quick=quick))
+    # the few first, so that a budget that runs out has something of every op
+    work = sorted(run.workloads(ops, quick=quick), key=lambda w: not w.quick)
     limit = max_gb * 1e9 if max_gb is not None else _room(where)
 
     console.print(f"measuring the roof of {where.type}")
@@ -59,12 +65,15 @@ def bench(
     console.print(f"{top.bandwidth / 1e9:.1f} GB/s, " + _rates(top))
     rows: list[run.Row] = []
     left_out: list[str] = []
+    late: list[str] = []
     passed: dict[tuple[str, torch.dtype], dict[str, str]] = {}
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("timing", total=len(work))
         for w in work:
             progress.update(task, description=w.key)
-            if 2 * w.bytes > limit:
+            if time.monotonic() > end:
+                late.append(w.key)
+            elif 2 * w.bytes > limit:
                 left_out.append(f"{w.key}: needs over {limit / 1e9:.1f} GB")
             else:
                 key = (w.op, w.dtype)
@@ -81,10 +90,12 @@ def bench(
             progress.advance(task)
     console.print(report.table(rows))
     left_out = sorted(set(left_out))
+    if late:
+        console.print(f"{len(late)} shapes left out, over the budget of {budget:.0f} s")
     for line in [*report.absences(rows), *(f"not timed: {x}" for x in left_out)]:
         console.print(line, markup=False, style="yellow")
     if json_file is not None:
-        report.save(json_file, rows, top, where, left_out)
+        report.save(json_file, rows, top, where, left_out + [f"{k}: no time" for k in late])
     if plots is not None:
         from .plots import save_all
 
@@ -124,8 +135,8 @@ def _chosen(option: str, given: list[str] | None, known: list[str]) -> list[str]
 
 
 def _room(device: torch.device) -> float:
-    """Bytes that inputs may take: half a GPU's memory; 2 GB on a CPU, where time runs out first."""
-    return 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 2e9
+    """Bytes that inputs may take: half a GPU's memory; on a CPU time runs out first."""
+    return 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 3e8
 
 
 def _rates(top: roof.Roof) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+# performance.md is made from result files; test_collect.py holds it against them.
+PAGES = sorted(page for page in DOCS.glob("*.md") if page.name != "performance.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

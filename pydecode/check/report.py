@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .run import Outcome
 def machine(device: str) -> dict[str, Any]:
     """What a figure or a verdict was made on; every result file begins with it."""
     line: dict[str, Any] = dict(
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=_device_name(device),
         python=platform.python_version(),
         torch=torch.__version__,
