@@ -192,6 +192,20 @@ def packed_mask(mask: Any, sizes: Sizes, device: torch.device) -> tuple[Tensor |
     return (pack_bits(mask) if mask.dtype == torch.bool else mask), False
 
 
+def key_mask(mask: Any, B: int, Nq: int, Nk: int, total: int | None, device: torch.device) -> None:
+    """A mask of queries by keys, bool or packed int64; ``total``: of a packed batch, else None."""
+    mask = expect_tensor("mask", mask)
+    expect_dtype("mask", mask, (torch.bool, torch.int64))
+    expect_device("mask", mask, device)
+    width, what = (Nk, "Nk") if mask.dtype == torch.bool else (-(-Nk // 64), "ceil(Nk/64)")
+    if total is not None:
+        expect_shape("mask", mask, (total, width), f"[total_q, {what}]")
+    else:
+        shared = mask.dim() == 3 and mask.shape[0] == 1
+        expect_shape("mask", mask, (1 if shared else B, Nq, width), f"[B|1, Nq, {what}]")
+    expect_last_contiguous("mask", mask)
+
+
 def softmax_scale_of(softmax_scale: Any, D: int) -> float:
     if softmax_scale is None:
         return 1.0 / math.sqrt(D) if D else 1.0

@@ -1,5 +1,6 @@
 """Merging attention states: the public function, its checks and its binding."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from .validation import (
     expect_last_contiguous,
     expect_shape,
     expect_tensor,
+    static_number,
 )
 
 
@@ -25,6 +27,7 @@ def merge_states(
     *,
     temperatures: Tensor | None = None,
     scales: Tensor | None = None,
+    log_base: float = math.e,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merges M attention results over parts of a context into the result over all of it.
@@ -40,6 +43,8 @@ def merge_states(
             branches [B, K, L, H, D]; a sequence, or one tensor with M in front. fp16 to fp64.
         lses: their [B, H, N], [H, total] or [B, K, H, L], fp32 (fp64 for fp64 outs), any strides.
         temperatures, scales: [M] floats; None: 1.
+        log_base: of the log-sum-exps, given and returned; a Python number above 1, such as
+            FlashInfer's 2.
 
     Returns:
         out in the dtype and shape of a part, and lse, fp32 (fp64 for fp64 parts). A part whose lse
@@ -85,7 +90,11 @@ def merge_states(
             expect_dtype(name, weight, FLOATS)
             expect_device(name, weight, first.device)
         weights.append(weight)
-    return binding.call(_op, _run, parts, logs, *weights, choose("merge_states", backend))
+    log_base = static_number("log_base", log_base)
+    if log_base <= 1:
+        raise ValueError(f"log_base: expected a number above 1, got {log_base}")
+    args = (parts, logs, *weights, log_base, choose("merge_states", backend))
+    return binding.call(_op, _run, *args)
 
 
 def _parts(name: str, parts: Any) -> list[Tensor]:

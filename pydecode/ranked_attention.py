@@ -25,8 +25,9 @@ def ranked_attention(
     k: Tensor,
     v: Tensor,
     *,
-    q_rank: Tensor,
-    k_rank: Tensor,
+    q_rank: Tensor | None = None,
+    k_rank: Tensor | None = None,
+    mask: Tensor | None = None,
     strict: bool = False,
     cache_seqlens: int | Tensor | None = None,
     block_table: Tensor | None = None,
@@ -46,14 +47,16 @@ def ranked_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention where a query sees a key iff the key's rank is at most its own.
+    """Attention where a query sees a key iff the key's rank is at most its own, and a mask agrees.
 
     **The cache is never written**, unlike in ``flash_attn_with_kvcache``: ``write_kv`` does that.
 
     ``out_i = softmax(scale * q_i K_{j : k_rank_j <= q_rank_i}^T) V_{j : ...}`` (block-causal masks
     of BD3-LM, Arriola et al., ICLR 2025; wavefronts and groups of visual decoders; prefill and
     cross attention). ``pydecode.ranks`` makes the common ranks. The rank ``ranks.PAD`` (2**31 - 1)
-    is padding: such a key is seen by nobody, such a query sees nothing.
+    is padding: such a key is seen by nobody, such a query sees nothing. What no ranks can say (a
+    tree behind its context, packed documents, any mask of another library) a ``mask`` says, of any
+    number of queries and keys; a query then sees a key iff both the ranks and the mask let it.
 
     Args:
         q: [B, Nq, Hq, D], fp16, bf16, fp32 or fp64, any number of rows. Packed: [total_q, Hq, D]
@@ -65,6 +68,11 @@ def ranked_attention(
         v: the same with head dim Dv, which may differ from D.
         q_rank: int32 [B|1, Nq], packed [total_q].
         k_rank: int32 [B|1, Nk], packed [total_k]; paged: its width Nk is at most the table's.
+            Both ranks may be None where there is a mask, which then decides alone.
+        mask: bool [B|1, Nq, Nk], or packed int64 [B|1, Nq, ceil(Nk/64)] (bit j of row i: query i
+            sees key j; bits past Nk say nothing). Packed queries: [total_q, Nk], or [total_q,
+            ceil(Nk/64)], where column j is the request's own key j and Nk is ``max_seqlen_k`` if
+            keys are packed too. Either is read as it is, never converted. Any strides but the last.
         strict: visible iff k_rank < q_rank.
         cache_seqlens: int or [B] int32/int64, valid keys of a paged or padded batch; None: all Nk.
         block_table: [B, max_pages] int32/int64. A page id outside the pool contributes nothing.
@@ -103,10 +111,21 @@ def ranked_attention(
         names = ("q", "cu_seqlens_q", "max_seqlen_q")
         B, Nq = arguments.packed_sizes(names, q, cu_seqlens_q, max_seqlen_q)
         total = q.shape[0]
+    if q_rank is None and k_rank is None:
+        if mask is None:
+            raise ValueError("q_rank: expected ranks, or a mask, got neither")
+        if strict:
+            raise ValueError("strict: expected False without ranks")
+        Nk = _num_keys(k, mask, block_table, cu_seqlens_k)
+        same = q.new_zeros(max(Nq if total is None else total, Nk), dtype=torch.int32)
+        q_rank = same[None, :Nq] if total is None else same[:total]
+        k_rank = same[None, :Nk] if cu_seqlens_k is None else same[:Nk]
     _expect_ranks("q_rank", q_rank, q, (B, Nq) if total is None else (total,))
     k, v, Hkv, Dv, Nk = _expect_keys(
         *(q, k, v, k_rank, B, block_table, cache_seqlens, cu_seqlens_k, max_seqlen_k)
     )
+    if mask is not None:
+        arguments.key_mask(mask, B, Nq, Nk, total, q.device)
     sizes = arguments.Sizes(B, Nq, q.shape[-2], Hkv, q.shape[-1], Dv, Nk, total)
     arguments.expect_positions(positions, sizes, q.device)
     keys = arguments.lengths("cache_seqlens", cache_seqlens, B, q.device, default=Nk, high=Nk)
@@ -121,7 +140,7 @@ def ranked_attention(
         data.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0], Nq)
         data.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0], Nk)
     args = (
-        *(q, k, v, q_rank, k_rank, bool(strict), *keys, block_table, *tail),
+        *(q, k, v, q_rank, k_rank, mask, bool(strict), *keys, block_table, *tail),
         *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0, return_lse),
         choose("ranked_attention", backend),
     )
@@ -147,7 +166,8 @@ def _expect_keys(
         if block_table is None:
             _expect_ranks("k_rank", k_rank, q, (B, capacity))
             return k, v, Hkv, Dv, capacity
-        Nk = expect_tensor("k_rank", k_rank).shape[-1] if k_rank.dim() else 0
+        k_rank = expect_tensor("k_rank", k_rank)
+        Nk = k_rank.shape[-1] if k_rank.dim() else 0
         _expect_ranks("k_rank", k_rank, q, (B, Nk))
         if Nk > capacity:
             raise ValueError(f"k_rank: expected at most the table's {capacity} keys, got {Nk}")
@@ -165,6 +185,20 @@ def _expect_keys(
     # the checks of a cache of one request
     k, v, Hkv, Dv, _ = arguments.expect_cache(q, k[None], v[None], None, 1, Hq, D, names)
     return k[0], v[0], Hkv, Dv, Nk
+
+
+def _num_keys(k: Any, mask: Any, block_table: Any, cu_seqlens_k: Any) -> int:
+    """How many keys there are where no ranks say so; what does not fit is found by the checks."""
+    k, mask = expect_tensor("k", k), expect_tensor("mask", mask)
+    if cu_seqlens_k is not None:
+        return k.shape[0] if k.dim() else 0
+    Nk = k.shape[1] if k.dim() > 1 else 0
+    if block_table is not None:
+        table = expect_tensor("block_table", block_table)
+        Nk *= table.shape[-1] if table.dim() else 0
+        if mask.dtype == torch.bool and mask.dim():  # a mask may be narrower than the table
+            Nk = mask.shape[-1]
+    return Nk
 
 
 def _expect_ranks(name: str, rank: Any, q: Tensor, shape: tuple[int, ...]) -> None:

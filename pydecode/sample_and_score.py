@@ -12,7 +12,15 @@ from .backends import choose, unavailable
 from .reference import sample_and_score as reference
 from .reference.numbers import compute_dtype
 from .results import Scores
-from .validation import checking
+from .validation import (
+    INTS,
+    checking,
+    data_range,
+    expect_device,
+    expect_dim,
+    expect_dtype,
+    expect_tensor,
+)
 
 
 def sample_and_score(
@@ -31,6 +39,10 @@ def sample_and_score(
     offset: int | Tensor = 0,
     positions: Tensor | None = None,
     uniforms: Tensor | None = None,
+    row_index: Tensor | None = None,
+    filter_order: str = "top_k_first",
+    bias_ids: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Scores:
     """Samples a token from every row of logits and scores how sure the model is of it.
@@ -40,7 +52,8 @@ def sample_and_score(
 
     Args:
         logits: [..., V], fp16, bf16, fp32 or fp64; any strides but the last. [B, V] is B requests
-            of one row, in [..., L, V] all leading dimensions but L belong to B.
+            of one row, in [..., L, V] all leading dimensions but L belong to B. [rows, V] with
+            ``row_index``.
         temperature, top_k, top_p, min_p: number, 0-d or [B]. Temperature 0 takes the argmax (ties:
             the lowest id). Filters run in this order, their supports are value thresholds (ties
             share their fate); off: None, top_k <= 0 or >= V, top_p >= 1, min_p <= 0.
@@ -62,6 +75,16 @@ def sample_and_score(
         positions: [...], int32 or int64, keys of the draws. None: the index in L (0 for [B, V]).
             These do not move on between steps, so **advance ``offset`` each step**.
         uniforms: [...], fp32 or fp64, the draws of "inverse_cdf" in place of the seeded ones.
+        row_index: [...], int32 or int64: the row of logits [rows, V] that each result is read from,
+            so that an engine's packed rows need no copy. Results, and all that is [...] above, have
+            its shape, [B] or [..., L]. -1 is no row: nothing is read, token -1, confidence and lse
+            -inf. So is a row outside [0, rows), which is bad device data.
+        filter_order: "top_k_first": top-p acts on what top-k left, renormalised. "joint": both act
+            on the whole law, as FlashInfer's "joint" and Dream's top-p-then-top-k do. min-p is
+            relative to the largest, so the same in both.
+        bias_ids, bias: [..., n] int32 or int64, and floats: added to the logits before all else, so
+            part of the choice, the confidence and the lse. Ids outside [0, V), such as -1, add
+            nothing; an id named twice adds twice; -inf forbids, like ``exclude_ids``.
 
     Returns:
         ``Scores(tokens, confidence, lse)``, each [...]: int64, and fp32 (fp64 for fp64 logits).
@@ -81,7 +104,7 @@ def sample_and_score(
     [0.665, 0.488]
     """
     logits = arguments.expect_logits("logits", logits)
-    rows = logits.shape[:-1]
+    rows = logits.shape[:-1] if row_index is None else _expect_rows(row_index, logits)
     sampling = arguments.row_sampling(
         rows,
         "...",
@@ -92,9 +115,14 @@ def sample_and_score(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        filter_order=filter_order,
         confidence=confidence,
         tempered=tempered,
         exclude_ids=exclude_ids,
+        bias_ids=bias_ids,
+        bias=bias,
+        bias_rows=rows,
+        bias_symbols="...",
         allowed=allowed,
         sampler=sampler,
         seed=seed,
@@ -103,8 +131,19 @@ def sample_and_score(
         uniforms=uniforms,
         check=checking(),
     )
-    args = (logits, *sampling, choose("sample_and_score", backend))
+    args = (logits, row_index, *sampling, choose("sample_and_score", backend))
     return Scores(*binding.call(_op, _run, *args))
+
+
+def _expect_rows(row_index: Any, logits: Tensor) -> torch.Size:
+    """The results' shape when an index picks the rows."""
+    row_index = expect_tensor("row_index", row_index)
+    expect_dtype("row_index", row_index, INTS)
+    expect_device("row_index", row_index, logits.device)
+    expect_dim("logits", logits, 2, "[rows, V] (as row_index is given)")
+    if checking():
+        data_range("row_index", row_index, -1, logits.shape[0])
+    return row_index.shape
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,8 +153,9 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     raise unavailable("sample_and_score", backend)
 
 
-def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dtype = logits.shape[:-1], compute_dtype(logits.dtype)
+def _fake(logits: Tensor, row_index: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[:-1] if row_index is None else row_index.shape
+    dtype = compute_dtype(logits.dtype)
     return (
         logits.new_empty(rows, dtype=torch.int64),
         logits.new_empty(rows, dtype=dtype),

@@ -28,6 +28,7 @@ from .verification_arguments import filters
 
 CONFIDENCES = ("probability", "margin", "neg_entropy", "random")
 SAMPLERS = ("inverse_cdf", "gumbel")
+FILTER_ORDERS = ("top_k_first", "joint")
 RULES = (
     "top_k",
     "threshold",
@@ -143,6 +144,33 @@ def exclude(
     return [token_id("exclude_ids", v, vocab) for v in listed], None
 
 
+def bias_pair(
+    ids: Any,
+    bias: Any,
+    rows: Sequence[int],
+    symbols: str,
+    vocab: int,
+    device: torch.device,
+    *,
+    check: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """A sparse logit bias, int ids and floats [*rows, n]."""
+    if ids is None and bias is None:
+        return None, None
+    if ids is None or bias is None:
+        raise ValueError("bias_ids, bias: expected both or neither, got one of them")
+    ids, bias = expect_tensor("bias_ids", ids), expect_tensor("bias", bias)
+    expect_dtype("bias_ids", ids, INTS)
+    expect_dtype("bias", bias, FLOATS)
+    n = ids.shape[-1] if ids.dim() else 0
+    for name, x in (("bias_ids", ids), ("bias", bias)):
+        expect_shape(name, x, (*rows, n), f"[{symbols}, n]")
+        expect_device(name, x, device)
+    if check:
+        data_range("bias_ids", ids, 0, vocab, ids != -1)
+    return ids, bias
+
+
 def allowed_words(
     allowed: Any, rows: Sequence[int], symbols: str, vocab: int, device: torch.device
 ) -> Tensor | None:
@@ -167,9 +195,14 @@ def row_sampling(
     top_k: Any,
     top_p: Any,
     min_p: Any,
+    filter_order: Any,
     confidence: Any,
     tempered: Any,
     exclude_ids: Any,
+    bias_ids: Any,
+    bias: Any,
+    bias_rows: Sequence[int],
+    bias_symbols: str,
     allowed: Any,
     sampler: Any,
     seed: Any,
@@ -178,7 +211,11 @@ def row_sampling(
     uniforms: Any,
     check: bool,
 ) -> tuple[Any, ...]:
-    """The schema's arguments from ``temperature`` to ``uniforms``; rows: a row's own shape."""
+    """The schema's arguments from ``temperature`` to ``uniforms``.
+
+    rows: the shape of what is returned; bias_rows: of the rows of logits.
+    """
+    expect_choice("filter_order", filter_order, FILTER_ORDERS)
     expect_choice("confidence", confidence, CONFIDENCES)
     expect_choice("sampler", sampler, SAMPLERS)
     if uniforms is not None and sampler == "gumbel":
@@ -188,8 +225,9 @@ def row_sampling(
     shape = f"[{symbols}]"
     return (
         *filters(temperature, top_k, top_p, min_p, B, device),
-        *(confidence, bool(tempered)),
+        *(filter_order, confidence, bool(tempered)),
         *exclude(exclude_ids, B, vocab, device, check=check),
+        *bias_pair(bias_ids, bias, bias_rows, bias_symbols, vocab, device, check=check),
         allowed_words(allowed, rows, symbols, vocab, device),
         sampler,
         *seeds(seed, offset, B, device),

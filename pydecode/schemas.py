@@ -38,8 +38,9 @@ _VERIFY_RANDOM = (
     f"{_SEEDS}, SymInt positions, Tensor? positions_tensor, Tensor? uniforms, bool return_logprobs"
 )
 _ROW_SAMPLING = (
-    f"{_FILTERS}, str confidence, bool tempered, int[] exclude_ids, Tensor? exclude_ids_tensor, "
-    f"Tensor? allowed, str sampler, {_SEEDS}, Tensor? positions, Tensor? uniforms"
+    f"{_FILTERS}, str filter_order, str confidence, bool tempered, int[] exclude_ids, "
+    "Tensor? exclude_ids_tensor, Tensor? bias_ids, Tensor? bias, Tensor? allowed, str sampler, "
+    f"{_SEEDS}, Tensor? positions, Tensor? uniforms"
 )
 _RULE = (
     "str rule, SymInt k, Tensor? k_tensor, float threshold, Tensor? threshold_tensor, float slack, "
@@ -73,22 +74,22 @@ SCHEMAS: dict[str, str] = {
         f"Tensor? block_table, {_ATTENTION_TAIL}, bool return_lse, str backend) -> {_OUT_LSE}"
     ),
     "ranked_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor q_rank, Tensor k_rank, bool strict, "
+        "(Tensor q, Tensor k, Tensor v, Tensor q_rank, Tensor k_rank, Tensor? mask, bool strict, "
         "SymInt cache_seqlens, Tensor? cache_seqlens_tensor, Tensor? block_table, "
         f"{_ATTENTION_TAIL}, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int max_seqlen_q, "
         f"int max_seqlen_k, bool return_lse, str backend) -> {_OUT_LSE}"
     ),
     "merge_states": (
-        "(Tensor[] outs, Tensor[] lses, Tensor? temperatures, Tensor? scales, str backend) "
-        f"-> {_OUT_LSE}"
+        "(Tensor[] outs, Tensor[] lses, Tensor? temperatures, Tensor? scales, float log_base, "
+        f"str backend) -> {_OUT_LSE}"
     ),
     # verification of drafts
     "verify_greedy": (
         "(Tensor draft_tokens, Tensor target, Tensor? parents, SymInt num_drafts, "
         "Tensor? num_drafts_tensor, int max_depth, str rule, SymInt top_k, Tensor? top_k_tensor, "
         "int distance, float posterior_threshold, float posterior_alpha, float temperature, "
-        "Tensor? temperature_tensor, Tensor? row_index, Tensor? allowed, str backend) "
-        "-> (Tensor tokens, Tensor num_accepted, Tensor path)"
+        "Tensor? temperature_tensor, Tensor? row_index, Tensor? allowed, bool first_match, "
+        "str backend) -> (Tensor tokens, Tensor num_accepted, Tensor path)"
     ),
     "rejection_sample": (
         "(Tensor? target_logits, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_probs, "
@@ -116,7 +117,7 @@ SCHEMAS: dict[str, str] = {
     ),
     # diffusion
     "sample_and_score": (
-        f"(Tensor logits, {_ROW_SAMPLING}, str backend) "
+        f"(Tensor logits, Tensor? row_index, {_ROW_SAMPLING}, str backend) "
         "-> (Tensor tokens, Tensor confidence, Tensor lse)"
     ),
     "unmask": (
@@ -155,6 +156,10 @@ SCHEMAS: dict[str, str] = {
         "(Tensor scores, Tensor tokens, Tensor parents, int num_nodes, str backend) "
         "-> (Tensor parents, Tensor depths, Tensor mask, Tensor choice)"
     ),
+    "tree_from_links": (
+        "(Tensor first_child, Tensor next_sibling, str backend) -> (Tensor parents, Tensor order)"
+    ),
+    "tree_links": "(Tensor parents, str backend) -> (Tensor first_child, Tensor next_sibling)",
 }
 
 # Ops that also have the overload <op>.out.

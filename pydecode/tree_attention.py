@@ -50,7 +50,9 @@ def tree_attention(
             dtype, or fp8 e4m3/e5m2 with scales. Any strides but the last (HND is a view).
         v_cache: the same with head dim Dv, which may differ from D.
         k, v: [B, N, Hkv, D] and [B, N, Hkv, Dv], the rows' own keys and values, never scaled;
-            None: they already lie in the cache at ``cache_seqlens[b] + i``.
+            None: they already lie in the cache at ``cache_seqlens[b] + i``. A place outside the
+            cache is seen by nobody; before its start, too, so that with more rows than keys
+            ``keys - rows`` is the right length.
         mask: packed int64 [B|1, N, ceil(N/64)] (bit j of row i: i sees row j; see ``trees``), or
             bool [B|1, N, N], or "causal", or None (all rows see each other). Packed batch:
             [total, ceil(max_seqlen_q/64)], or bool [total, max_seqlen_q].

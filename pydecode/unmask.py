@@ -47,6 +47,9 @@ def unmask(
     offset: int | Tensor = 0,
     positions: Tensor | None = None,
     uniforms: Tensor | None = None,
+    filter_order: str = "top_k_first",
+    bias_ids: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Unmasked:
     """Fills some masked positions of a window from one forward's logits.
@@ -96,6 +99,9 @@ def unmask(
             ``positions=None`` is the index in L, window or not: it does not move on between steps,
             so **advance ``offset`` each step**. ``uniforms`` are the sampler's; the posterior rule
             draws its own. The entropy rules take ``confidence="neg_entropy"`` whatever is given.
+        filter_order, bias_ids, bias: as in ``sample_and_score``. A bias belongs to its row of
+            logits, not to the position that the token goes to: [B, L|length|length+1, n], as many
+            rows as the logits have.
 
     Returns:
         ``Unmasked(tokens, committed, num_committed, num_left, confidence)``: [B, L] int64, [B, L]
@@ -152,9 +158,14 @@ def unmask(
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
+            filter_order=filter_order,
             confidence=confidence,
             tempered=tempered,
             exclude_ids=exclude_ids,
+            bias_ids=bias_ids,
+            bias=bias,
+            bias_rows=logits.shape[:-1],
+            bias_symbols="the logits' rows",
             allowed=allowed,
             sampler=sampler,
             seed=seed,

@@ -41,6 +41,7 @@ def verify_greedy(
     temperature: float | Tensor = 1.0,
     row_index: Tensor | None = None,
     allowed: Tensor | None = None,
+    first_match: bool = False,
     backend: str | None = None,
 ) -> Verified:
     """Accepts the deepest drafted path that the target agrees with, and adds the target's argmax.
@@ -57,7 +58,9 @@ def verify_greedy(
 
     A node is accepted if it and all its ancestors pass. The deepest one is taken, then (typical)
     the one with the larger sum of log p along its path, then the lowest index. The last token is
-    the argmax of the last node's row, under every rule.
+    the argmax of the last node's row, under every rule. With ``first_match`` a node's first child
+    in index order that passes is its only one, as in the walks of SGLang and TensorRT-LLM: of
+    siblings with equal tokens the first wins, though the path below another may be deeper.
 
     Args:
         draft_tokens: a chain's drafts [B, G], or with ``parents`` a tree's nodes [B, T], node 0 the
@@ -76,6 +79,7 @@ def verify_greedy(
             node cannot be tested, and is lost; where it is the last node, the last token is -1.
         allowed: [B, G+1 | T, ceil(V/32)] int32, a grammar's bits (bit v % 32 of word v // 32):
             other logits count as -inf. Not with ids.
+        first_match: whether the walk enters only the first child that passes.
 
     Returns:
         Verified: ``tokens`` int64 [B, G+1 | max_depth+1], accepted drafts, the last token, then -1;
@@ -130,7 +134,7 @@ def verify_greedy(
         static_number("posterior_threshold", posterior_threshold, minimum=0),
         static_number("posterior_alpha", posterior_alpha, minimum=0),
         *number("temperature", temperature, sizes.B, device, minimum=0),
-        *(row_index, allowed, choose("verify_greedy", backend)),
+        *(row_index, allowed, bool(first_match), choose("verify_greedy", backend)),
     )
     return Verified(*binding.call(_op, _run, *args))
 

@@ -190,4 +190,6 @@ CALLS: dict[str, Callable[[_Model], Any]] = {
     "mask_from_parents": lambda m: trees.mask_from_parents(m.parents()),
     "tree_depths": lambda m: trees.depths(m.parents()),
     "dynamic_tree": lambda m: trees.dynamic(m.scores(), m.tokens(), m.parents(), num_nodes=3),
+    "tree_from_links": lambda m: trees.from_links(m.parents(), m.parents()),
+    "tree_links": lambda m: trees.links(m.parents()),
 }

@@ -73,6 +73,7 @@ def ranked_attention() -> Call:
         dict(
             q_rank=pydecode.ranks.block_causal(9, 2)[0],
             k_rank=pydecode.ranks.block_causal(12, 2)[0],
+            mask=torch.randint(0, 1 << 7, (9, 1)),
             cu_seqlens_q=torch.tensor([0, 4, 9]),
             cu_seqlens_k=torch.tensor([0, 5, 12]),
             max_seqlen_q=5,
@@ -86,7 +87,11 @@ def merge_states() -> Call:
     return (
         pydecode.merge_states,
         (torch.randn(3, 2, 5, 4, 16), torch.randn(3, 2, 4, 5)),
-        dict(temperatures=torch.tensor([1.0, 0.9, 0.8]), scales=torch.tensor([1.0, 1.0, 0.7])),
+        dict(
+            temperatures=torch.tensor([1.0, 0.9, 0.8]),
+            scales=torch.tensor([1.0, 1.0, 0.7]),
+            log_base=2.0,
+        ),
     )
 
 
@@ -169,6 +174,18 @@ def dynamic_tree() -> Call:
     )
 
 
+def tree_from_links() -> Call:
+    # lists out of index order; a cycle, a link out of range, one to itself and a node in two lists
+    first_child = torch.tensor([[3, -1, -1, 1, -1], [2, 7, 3, 1, 4]], dtype=torch.int32)
+    next_sibling = torch.tensor([[-1, 4, -1, 2, -1], [4, 3, 1, -9, 2]])
+    return pydecode.trees.from_links, (first_child, next_sibling), {}
+
+
+def tree_links() -> Call:
+    parents = torch.tensor([[-1, 0, 0, 1, 0], [0, 9, 1, 4, -7]], dtype=torch.int32)
+    return pydecode.trees.links, (parents,), {}
+
+
 def verify_greedy() -> Call:
     return (
         pydecode.verify_greedy,
@@ -182,6 +199,7 @@ def verify_greedy() -> Call:
             temperature=torch.tensor([0.7, 0.0]),
             row_index=torch.tensor([[0, 1, 2, 3, 4], [5, 6, 0, 1, -1]]),
             allowed=torch.full((2, 5, 1), 0x1FF, dtype=torch.int32),
+            first_match=True,
         ),
     )
 
@@ -212,8 +230,12 @@ def rejection_sample() -> Call:
 def sample_and_score() -> Call:
     return (
         pydecode.sample_and_score,
-        (torch.randn(2, 3, 11),),
+        (torch.randn(5, 11),),
         dict(
+            row_index=torch.tensor([[4, 0, -1], [2, 2, 1]], dtype=torch.int32),
+            filter_order="joint",
+            bias_ids=torch.tensor([[[3, 3]], [[-1, 7]]]).expand(2, 3, 2),
+            bias=torch.randn(2, 3, 2),
             temperature=torch.tensor([0.7, 0.0]),
             top_k=torch.tensor([5, 0]),
             top_p=0.9,
@@ -244,6 +266,10 @@ def unmask() -> Call:
             max_commit=3,
             temperature=0.8,
             exclude_ids=torch.tensor([0, -1]),
+            top_p=0.9,
+            filter_order="joint",
+            bias_ids=torch.randint(-1, 10, (2, 5, 3)),
+            bias=torch.randn(2, 5, 3),
             seed=11,
             offset=torch.tensor(2),
         ),
@@ -334,6 +360,8 @@ EXAMPLES: dict[str, Callable[[], Call]] = {
     "mask_from_parents": mask_from_parents,
     "tree_depths": tree_depths,
     "dynamic_tree": dynamic_tree,
+    "tree_from_links": tree_from_links,
+    "tree_links": tree_links,
     "sample_and_score": sample_and_score,
     "unmask": unmask,
     "commit": commit,

@@ -280,8 +280,9 @@ def ranked_attention(
     k: Tensor,
     v: Tensor,
     *,
-    q_rank: Tensor,
-    k_rank: Tensor,
+    q_rank: Tensor | None = None,
+    k_rank: Tensor | None = None,
+    mask: Tensor | None = None,
     strict: bool = False,
     cache_seqlens: Any = None,
     block_table: Tensor | None = None,
@@ -297,6 +298,13 @@ def ranked_attention(
     **numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     rows = rows_of(q, num_tokens, cu_seqlens_q)
+    if q_rank is None or k_rank is None:  # the mask alone decides
+        capacity = k.shape[1] * (1 if block_table is None else block_table.shape[1])
+        packed = cu_seqlens_k is not None
+        q_rank = torch.zeros(q.shape[:1] if cu_seqlens_q is not None else (1, q.shape[1]))
+        k_rank = torch.zeros(k.shape[:1] if packed else (1, capacity))
+        if mask is not None and mask.dtype == torch.bool and not packed:
+            k_rank = k_rank[:, : mask.shape[-1]]
     keys: list[list[tuple[Index | None, int]]] = []  # of a request: where key j lies, its rank
     for b in range(len(rows)):
         if cu_seqlens_k is not None:
@@ -319,6 +327,8 @@ def ranked_attention(
             if slot is None or rank == PAD or rank > rank_of(b, i):
                 continue
             if strict and rank == rank_of(b, i):
+                continue
+            if mask is not None and not sees_row(mask, b, i, j, rows[b][i]):
                 continue
             if window_size is None or j > at - window_size:
                 found.append(("cache", slot))

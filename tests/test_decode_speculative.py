@@ -67,6 +67,27 @@ def test_stop_token_inside_an_accepted_path(name: str) -> None:
     assert cache.lengths.tolist() == lengths
 
 
+@pytest.mark.parametrize("name", ["the model itself", "the model itself, tree", "nothing"])
+def test_should_stop_is_asked_token_by_token(name: str) -> None:
+    """It sees every token once, in turn, and nothing behind the one that it ends."""
+    model, seen = TinyCausal(3), {b: [] for b in range(3)}
+    plain = [model.greedy(prompt, 24) for prompt in PROMPTS]
+    lengths = [7, 24, 11]
+
+    def should_stop(b: int, token: int) -> bool:
+        seen[b].append(token)
+        return len(seen[b]) == lengths[b]
+
+    cache = model.new_cache(3, 128)
+    drafter = drafters(model, 3)[name]
+    got = generate(
+        model, PROMPTS, cache=cache, max_new_tokens=24, drafter=drafter, should_stop=should_stop
+    )
+    assert got.tokens == [tokens[:n] for tokens, n in zip(plain, lengths)]
+    assert list(seen.values()) == got.tokens
+    assert cache.lengths.tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, lengths)]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 6, 7])
 @pytest.mark.parametrize("name", ["the model itself", "the model itself, tree"])
 def test_length_limit_inside_a_path(name: str, count: int) -> None:

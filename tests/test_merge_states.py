@@ -82,6 +82,21 @@ def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     assert_close(lse, want[1], torch.logsumexp(lses, 0))
 
 
+@pytest.mark.parametrize("log_base", [2.0, 10, math.e])
+def test_sums_in_another_base(log_base: float, backend: str) -> None:
+    """Given and returned in that base; the parts that see nothing see nothing in any."""
+    outs, lses = (torch.randn(3, *s, dtype=torch.float64) for s in SHAPES["padded"])
+    lses[torch.rand(lses.shape) < 0.3] = -torch.inf
+    s = torch.rand(3) + 0.5
+    want = merge_states(outs, lses, scales=s, backend=backend)
+    given = lses / math.log(log_base)
+    out, lse = merge_states(outs, given, scales=s, log_base=log_base, backend=backend)
+    assert_close(out, want[0])
+    assert_close(lse, want[1] / math.log(log_base))
+    if log_base == math.e:
+        assert torch.equal(lse, want[1])  # the default, bit for bit
+
+
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (-1.0, -1.0), (1.0, 1.0)], ids=str)
 def test_all_empty(weights: tuple[float, float], backend: str) -> None:
     """Whatever the weights: 0 * -inf is NaN, -1 * -inf is +inf."""
@@ -187,6 +202,8 @@ O, L = torch.zeros(2, 1, 3, 4, 8), torch.zeros(2, 1, 4, 3)
         (3, L, {}, TypeError, "outs: expected a tensor or tensors, got int"),
         (O, L, dict(scales=torch.ones(3)), ValueError, r"scales: expected shape \[M\]"),
         (O, L, dict(temperatures=0.9), TypeError, "temperatures: expected a tensor, got float"),
+        (O, L, dict(log_base=1), ValueError, "log_base: expected a number above 1, got 1.0"),
+        (O, L, dict(log_base=torch.tensor(2)), TypeError, "log_base: expected a number, got T"),
         (O, L, dict(backend="none"), ValueError, "backend: expected None or one of"),
     ],
 )

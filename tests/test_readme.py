@@ -17,6 +17,8 @@ PUBLIC = {
     "trees.mask_from_parents": "mask_from_parents",
     "trees.depths": "tree_depths",
     "trees.dynamic": "dynamic_tree",
+    "trees.from_links": "tree_from_links",
+    "trees.links": "tree_links",
 }
 HEADER, *ROWS = [
     [cell.strip(" `") for cell in line.strip("|").split("|")]

@@ -46,14 +46,19 @@ def walk(
     max_depth: int,
     rule: str,
     numbers: dict[str, Any],
+    first_match: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Emitted tokens and path of one request whose rows are all good."""
+    left = set()  # nodes whose first child that passes has come
     found = {0: (0, 0.0, [0])}  # node -> depth, sum of log p, path
     for n in range(1, min(count + 1, len(tokens))):
         if not 0 <= parents[n] < n or parents[n] not in found:
             continue
         depth, score, path = found[parents[n]]
         good, logp = passes(rows[parents[n]], tokens[n], rule, numbers)
+        if first_match and parents[n] in left:
+            continue
+        left |= {parents[n]} if good else set()
         if good and depth < max_depth:
             found[n] = (depth + 1, score + logp, [*path, n])
     leaf = max(found, key=lambda n: (found[n][0], found[n][1], -n))
@@ -118,6 +123,30 @@ def test_trees(rule: str, T: int, max_depth: int | None, backend: str) -> None:
     out = pydecode.verify_greedy(tokens.int(), logits, parents=shared, **kwargs)
     rows = [(tokens[b].tolist(), logits[b].tolist(), shared[0].tolist(), T) for b in range(B)]
     check(out, [walk(*r, depth, rule, RULES[rule]) for r in rows], depth + 1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_first_match(rule: str, backend: str) -> None:
+    """Of a node's children only the first that passes counts, be the path below it shorter."""
+    B, T, V = 150, 16, 4
+    logits = torch.randint(0, 5, (B, T, V)) * (0.5 + torch.rand(B, T, 1, dtype=F64))
+    parents, count = random_parents(B, T), torch.full((B,), T)
+    tokens = agreeing(logits, parents)
+    kwargs: dict[str, Any] = dict(rule=rule, backend=backend, **RULES[rule])
+    rows = [[x[b].tolist() for x in (tokens, logits, parents, count)] for b in range(B)]
+    want = [walk(*r, 5, rule, RULES[rule], True) for r in rows]
+    call = dict(parents=parents, max_depth=5, **kwargs)
+    check(pydecode.verify_greedy(tokens, logits, first_match=True, **call), want, 6)
+    assert want != [walk(*r, 5, rule, RULES[rule]) for r in rows]
+
+
+def test_first_match_does_not_read_what_it_does_not_enter(backend: str) -> None:
+    tokens, parents = torch.tensor([[0, 5, 5, 6]]), torch.tensor([[-1, 0, 0, 2]])
+    target = torch.tensor([[5, 7, -1, 8]])  # node 2, the second 5, has a bad row
+    call = dict(parents=parents, backend=backend)
+    got = pydecode.verify_greedy(tokens, target, first_match=True, **call)
+    assert got.tokens.tolist() == [[5, 7, -1, -1]]
+    assert pydecode.verify_greedy(tokens, target, **call).tokens.tolist() == [[-1] * 4]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -104,17 +104,20 @@ def one_hot_argmax(x: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter_(-1, first_argmax(x)[..., None], 1.0)
 
 
-def filtered_support(x: Tensor, f: Filters) -> Tensor:
-    """Which entries of tempered logits [B, R, V] survive the filters, bool."""
+def filtered_support(x: Tensor, f: Filters, order: str = "top_k_first") -> Tensor:
+    """Which entries of tempered logits [B, R, V] survive the filters, bool.
+
+    In the order "joint" top-p acts on the whole law, not on what top-k left of it.
+    """
     vocab = x.shape[-1]
-    keep = x > -torch.inf
+    whole = keep = x > -torch.inf
     if f.top_k is not None:
         k = f.top_k[:, None, None]
         ordered = x.sort(-1, descending=True).values
         kth = ordered.gather(-1, (k - 1).clamp(0, vocab - 1).expand(*x.shape[:2], 1))
         keep = keep & ((x >= kth) | (k <= 0) | (k >= vocab))
     if f.top_p is not None:
-        p = x.masked_fill(~keep, -torch.inf).softmax(-1)
+        p = x.masked_fill(~(whole if order == "joint" else keep), -torch.inf).softmax(-1)
         top_p = f.top_p[:, None, None]
         ordered = p.sort(-1, descending=True).values
         mass = ordered.cumsum(-1)

@@ -5,6 +5,8 @@ it is exact (FlashAttention, Dao et al., NeurIPS 2022, section 3.1; FlashInfer, 
 2025, section 2.2); APE (Yang et al., ICLR 2025) has both below 1 for parallel contexts.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,12 @@ def merge_states(
     lses: list[Tensor],
     temperatures: Tensor | None,
     scales: Tensor | None,
+    log_base: float,
 ) -> tuple[Tensor, Tensor]:
     """outs M of [..., N, H, D], lses M of [..., H, N] -> out [..., N, H, D], lse [..., H, N]."""
     dtype = compute_dtype(outs[0].dtype)
-    weight = torch.ones(len(outs), dtype=dtype, device=outs[0].device)
+    natural = math.log(log_base)  # log_base^x = exp(natural x); 1 for e
+    weight = torch.full((len(outs),), natural, dtype=dtype, device=outs[0].device)
     for factor in (temperatures, scales):
         if factor is not None:
             weight = weight * factor.to(dtype)
@@ -40,4 +44,5 @@ def merge_states(
         out = out + torch.where(empty[m].transpose(-1, -2)[..., None], 0.0, part)
     share = total.transpose(-1, -2)[..., None]
     out = torch.where(share == 0, 0.0, out / share)
-    return out.to(outs[0].dtype).contiguous(), (base + torch.log(total)).contiguous()
+    lse = (base + torch.log(total)) / natural
+    return out.to(outs[0].dtype).contiguous(), lse.contiguous()

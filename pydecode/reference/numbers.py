@@ -26,7 +26,7 @@ def per_request(
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of accumulations: fp64 for fp64 inputs, else fp32."""
-    if _at_input_dtype.get():
+    if not torch.compiler.is_compiling() and _at_input_dtype.get():  # Dynamo reads no ContextVar
         return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
 

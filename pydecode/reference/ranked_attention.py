@@ -2,6 +2,7 @@
 
 One rule for prefill and cross attention: causal, block-causal (BD3-LM, Arriola et al., ICLR 2025,
 section 3.2), bidirectional, padded, and visual groups and wavefronts are all tensors of ranks.
+What no ranks can say, a mask says beside them.
 """
 
 import torch
@@ -16,6 +17,7 @@ from .attention import (
     pad_packed,
     read_context,
     scaled,
+    unpack_mask,
     unpad_packed,
 )
 from .numbers import compute_dtype, per_request
@@ -30,6 +32,7 @@ def ranked_attention(
     v: Tensor,
     q_rank: Tensor,
     k_rank: Tensor,
+    mask: Tensor | None,
     strict: bool,
     cache_seqlens: int,
     cache_seqlens_tensor: Tensor | None,
@@ -57,7 +60,7 @@ def ranked_attention(
         num_tokens_tensor = lengths_of(cu_seqlens_q, total, max_seqlen_q)
     if cu_seqlens_k is not None:
         cache_seqlens_tensor = lengths_of(cu_seqlens_k, k.shape[0], max_seqlen_k)
-    q, q_rank, positions = pad_packed(cu_seqlens_q, max_seqlen_q, q, q_rank, positions)
+    q, q_rank, mask, positions = pad_packed(cu_seqlens_q, max_seqlen_q, q, q_rank, mask, positions)
     k, v, k_rank = pad_packed(cu_seqlens_k, max_seqlen_k, k, v, k_rank)
     B, Nq, Hq, _ = q.shape
     Nk = k_rank.shape[-1]
@@ -74,7 +77,7 @@ def ranked_attention(
 
     dtype = compute_dtype(q.dtype)
     out = q.new_zeros(B, Nq, Hq, v.shape[-1])
-    lse = q.new_full((B, Hq, Nq), -torch.inf, dtype=dtype)
+    lse = q.new_full((B, Hq, Nq if return_lse else 0), -torch.inf, dtype=dtype)
     on_cpu = q.device.type == "cpu"
     for b in range(B):
         # on the CPU the lengths are free to read, so only valid queries and keys are touched
@@ -85,23 +88,28 @@ def ranked_attention(
         v_b = scaled(read_context(v, b, n, page).to(dtype), cache.v_scale, b, n)
         _, _, mapped = locate(j, b, block_table, *k.shape[:2])
         real = mapped & (j < keys[b])
+        mask_b = None if mask is None else mask[b if mask.shape[0] > 1 else 0]
         for first in range(0, m, CHUNK):
             i = slice(first, min(first + CHUNK, m))
             rank_i, rank_j = q_rank[b, i, None], k_rank[b, :n]
             valid = (row[i] < queries[b]) & (q_rank[b, i] != PAD)
             sees = real & valid[:, None] & ((rank_j < rank_i) if strict else (rank_j <= rank_i))
+            if mask_b is not None:
+                bits = mask_b.dtype != torch.bool
+                sees = sees & (unpack_mask(mask_b[i], n) if bits else mask_b[i, :n])
             if window_size >= 0:
                 sees = sees & (j > positions[b, i, None].long() - window_size)
             out_i, lse_i = attend(
                 q[b, i].to(dtype).transpose(0, 1),
                 k_b.transpose(0, 1),
                 v_b.transpose(0, 1),
-                sees,
+                None if on_cpu and bool(sees.all()) else sees,
                 softmax_scale=softmax_scale,
                 softcap=softcap,
                 sinks=sinks,
+                return_lse=return_lse,
             )
-            assert lse_i is not None
             out[b, i] = torch.where(valid[:, None], out_i, 0.0).transpose(0, 1).to(q.dtype)
-            lse[b, :, i] = torch.where(valid, lse_i, -torch.inf)
+            if lse_i is not None:
+                lse[b, :, i] = torch.where(valid, lse_i, -torch.inf)
     return unpad_packed(cu_seqlens_q, total, return_lse, out, lse)

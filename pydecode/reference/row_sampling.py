@@ -16,13 +16,14 @@ from .laws import (
     usable_logits,
 )
 from .laws import filters as read_filters
-from .numbers import per_request
+from .numbers import compute_dtype, per_request
 
 
 class RowSampling(NamedTuple):
     """How rows are sampled and scored."""
 
     filters: Filters
+    filter_order: str
     greedy: bool  # temperature is the Python number 0: no law is needed to choose
     confidence: str
     tempered: bool
@@ -50,6 +51,7 @@ def read_sampling(
     top_p_tensor: Tensor | None,
     min_p: float,
     min_p_tensor: Tensor | None,
+    filter_order: str,
     confidence: str,
     tempered: bool,
     exclude_ids: list[int],
@@ -71,6 +73,7 @@ def read_sampling(
             batch=batch,
             like=like,
         ),
+        filter_order,
         temperature_tensor is None and temperature == 0,
         confidence,
         tempered,
@@ -100,15 +103,33 @@ def excluded_ids(
     return excluded[:, None]
 
 
+def add_bias(logits: Tensor, ids: Tensor, bias: Tensor) -> Tensor:
+    """Logits [B, R, V] plus bias at ids, both [B, R, n]; ids outside the vocabulary add nothing."""
+    x = logits.to(compute_dtype(logits.dtype))
+    if ids.shape[-1] == 0:
+        return x
+    inside = (ids >= 0) & (ids < x.shape[-1])
+    ids = torch.where(inside, ids.long(), 0)
+    bias = torch.where(inside, bias.to(x.dtype), 0.0)
+    # all entries of one id hold its whole sum, so that it does not matter which is written last
+    same = ids[..., :, None] == ids[..., None, :]
+    total = torch.where(same, bias[..., None, :], 0.0).cumsum(-1)[..., -1]
+    return x.scatter(-1, ids, x.gather(-1, ids) + total)
+
+
 def sample_rows(
     logits: Tensor,
     position: Tensor,
+    bias_ids: Tensor | None,
+    bias: Tensor | None,
     allowed: Tensor | None,
     uniforms: Tensor | None,
     s: RowSampling,
 ) -> RowScores:
-    """Logits [B, R, V], positions [B, R], allowed [B, R, ceil(V/32)], uniforms [B, R]."""
+    """Logits [B, R, V], positions [B, R], bias [B, R, n], allowed [B, R, ceil(V/32)], uniforms."""
     V = logits.shape[-1]
+    if bias_ids is not None and bias is not None:
+        logits = add_bias(logits, bias_ids, bias)
     if s.excluded is not None:
         logits = logits.masked_fill(s.excluded, -torch.inf)
     if allowed is not None:
@@ -122,7 +143,7 @@ def sample_rows(
     x_t = x
     if not s.greedy or s.tempered:
         x_t = tempered_logits(x, temperature)
-        x_t = x_t.masked_fill(~filtered_support(x_t, s.filters), -torch.inf)
+        x_t = x_t.masked_fill(~filtered_support(x_t, s.filters, s.filter_order), -torch.inf)
 
     if s.greedy:
         tokens = first_argmax(x)

@@ -30,6 +30,7 @@ def verify_greedy(
     temperature_tensor: Tensor | None,
     row_index: Tensor | None,
     allowed: Tensor | None,
+    first_match: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """draft_tokens [B, G | T], target rows [B, G+1 | T] -> tokens, num_accepted [B], path."""
     B, device = draft_tokens.shape[0], draft_tokens.device
@@ -74,6 +75,10 @@ def verify_greedy(
     )
     usable = (good & present).gather(1, parent)
     passes = passes & exists & usable
+    if first_match:  # the lowest child of each node that passes; T: none
+        first = torch.full_like(token, T)
+        first.scatter_reduce_(1, parent, torch.where(passes, node, T), "amin")
+        passes = passes & (node == first.gather(1, parent))
 
     # accepted: passed, on an accepted parent; one more level a turn
     root = (node == 0).expand(B, T)

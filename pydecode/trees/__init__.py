@@ -2,6 +2,7 @@
 
 from .choices import from_choices
 from .dynamic import dynamic
+from .links import from_links, links
 from .lookahead import lookahead_mask, lookahead_positions
 from .masks import depths, mask_from_parents, pack_mask, unpack_mask
 from .prompt import PromptState, PromptTrees, prompt_tree
@@ -18,7 +19,9 @@ __all__ = [
     "dynamic",
     "expected_tokens",
     "from_choices",
+    "from_links",
     "from_sequences",
+    "links",
     "lookahead_mask",
     "lookahead_positions",
     "mask_from_parents",
