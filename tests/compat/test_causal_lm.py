@@ -233,6 +233,10 @@ def test_what_cannot_work_raises(ours: CausalLM) -> None:
     cache, past = ours.new_cache(1, 8), transformers.DynamicCache()
     step = Step(cache, "causal", None, at[:, :2], {})
     call = dict(position_ids=at[:, :2], past_key_values=past, pydecode_step=step)
+    with pytest.raises(NotImplementedError, match="attention_mask, is_causal: the step's mask"):
+        ours.model(row[:, :2], **call)  # transformers makes a mask unless it is given an empty one
+    past = transformers.DynamicCache()
+    call |= dict(past_key_values=past, attention_mask=torch.empty(0, 1, 1, 1))
     ours.model(row[:, :2], **call)
     with pytest.raises(ValueError, match="past_key_values"):
         ours.model(row[:, :2], **call)

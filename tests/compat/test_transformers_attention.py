@@ -10,10 +10,11 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tiny_llama import random_parents, text_logits, tiny_llama, tree_logits  # noqa: E402
+from tiny_llama import random_parents, tiny_llama, tree_logits  # noqa: E402
 
 import pydecode.compat.transformers as compat  # noqa: E402
 from pydecode import trees  # noqa: E402
+from pydecode.compat.transformers.masks import make_mask  # noqa: E402
 
 CLOSE = dict(rtol=0, atol=5e-5)
 SMALL = dict(
@@ -116,57 +117,15 @@ def is_ancestor(parents: Tensor, other: int, node: int) -> bool:
     return node == other
 
 
-# ---- what would be silently wrong raises ---------------------------------------------------------
-
-
-def padded() -> tuple[Any, dict[str, Any]]:
-    tokens = torch.randint(3, 61, (2, 9))
-    mask = torch.ones_like(tokens)
-    mask[1, :3] = 0
-    return tiny_llama(), dict(inputs=tokens, attention_mask=mask)
-
-
-def test_left_padded_generate_raises() -> None:
-    model, inputs = padded()
-    with pytest.raises(NotImplementedError, match=r"position_ids: expected to count up.*padded"):
-        on_pydecode(model).generate(**inputs, max_new_tokens=3, pad_token_id=0)
-
-
-@torch.no_grad()
-def test_right_padding_is_harmless() -> None:
-    model, tokens = tiny_llama(), torch.randint(0, 61, (2, 9))
-    mask = torch.ones_like(tokens)
-    mask[1, 5:] = 0
-    got = on_pydecode(model)(tokens, attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(got[1, :5], text_logits(model, tokens[1, :5].tolist()), **CLOSE)
-
-
-def test_static_cache_raises() -> None:
-    tokens = torch.randint(3, 61, (1, 5))
-    with pytest.raises(NotImplementedError, match=r"position_ids.*static caches"):
-        on_pydecode(tiny_llama()).generate(
-            tokens, max_new_tokens=3, cache_implementation="static", disable_compile=True
-        )
-
-
-@pytest.mark.parametrize(
-    "positions",
-    [[0, 1, 0, 1, 2], [0, 1, 1, 2, 2], [0, 1, 0, 3, 4]],
-    ids=["packed", "tree", "ends where it should"],
-)
-def test_positions_that_ask_for_a_mask_raise(positions: list[int]) -> None:
-    model = on_pydecode(tiny_llama())
-    with pytest.raises(NotImplementedError, match="packed sequences and trees"):
-        model(torch.zeros(1, 5, dtype=torch.int64), position_ids=torch.tensor([positions]))
+# ---- the attention function by itself -----------------------------------------------------------
 
 
 def call(**options: Any) -> Tensor:
-    """The attention function by itself, over q [1, 4, 3, 8] and k, v [1, 2, 5, 8]."""
+    """Over q [1, 4, 3, 8] and k, v [1, 2, 5, 8]."""
     torch.manual_seed(4)
     q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
-    options = {"position_ids": torch.arange(2, 5)[None], "scaling": 0.5, **options}
     mask = options.pop("attention_mask", None)
-    return compat.attention(torch.nn.Module(), q, k, v, mask, **options)[0]
+    return compat.attention(torch.nn.Module(), q, k, v, mask, **{"scaling": 0.5, **options})[0]
 
 
 @pytest.mark.parametrize(
@@ -181,8 +140,8 @@ def call(**options: Any) -> Tensor:
         ("attention_mask", torch.full((1, 1, 3, 5), 0.25)),  # a bias
         ("attention_mask", torch.ones(1, 4, 3, 5, dtype=torch.bool)),  # one a head
         ("attention_mask", torch.ones(1, 5, dtype=torch.bool)),
-        ("position_ids", torch.zeros(3, 1, 3, dtype=torch.int64)),
-        ("position_ids", None),  # five keys of three queries: a cache, of which nothing is known
+        ("attention_mask", torch.ones(1, 1, 3, 5, dtype=torch.int64)),
+        ("attention_mask", torch.zeros(1, 1, 3, 5, requires_grad=True)),
     ],
 )
 def test_what_is_not_supported_raises_by_name(name: str, value: Any) -> None:
@@ -201,8 +160,12 @@ def test_bidirectional_and_sinks() -> None:
     torch.testing.assert_close(everything, call(attention_mask=mask), **CLOSE)
     assert not torch.allclose(everything[:, :2], call()[:, :2])
     assert torch.equal(everything[:, 2], call()[:, 2])
-    with pytest.raises(NotImplementedError, match="is_causal=False"):
+    with pytest.raises(NotImplementedError, match="sliding_window: without causality"):
         call(is_causal=False, sliding_window=2)
+    window = torch.ones(5, 5, dtype=torch.bool).tril().triu(-1)[None, None, 2:]
+    windowed = call(sliding_window=2)  # causal: the last query is at the last key
+    torch.testing.assert_close(windowed, call(attention_mask=window), **CLOSE)
+    assert torch.equal(call(attention_mask=mask, sliding_window=2), call(attention_mask=mask))
     # a sink of +0 in the denominator, by the formula: out / (1 + exp(-lse))
     torch.manual_seed(4)
     q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
@@ -213,14 +176,51 @@ def test_bidirectional_and_sinks() -> None:
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def test_registered_once_and_without_a_mask_function() -> None:
+@pytest.mark.parametrize("shape", [(2, 1, 3, 5), (1, 1, 2, 5), (1, 1, 3, 4), (1, 1, 1, 8)])
+def test_a_mask_that_does_not_fit(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        call(attention_mask=torch.ones(shape, dtype=torch.bool))
+    if shape != (1, 1, 1, 8):  # of ranks, that one fits
+        with pytest.raises(ValueError, match="attention_mask: expected ranks"):
+            call(attention_mask=torch.ones(shape, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("N", "S"), [(3, 1500), (1030, 1030), (1, 1), (4, 70)])
+@pytest.mark.parametrize("kind", ["bool", "additive", "for all queries", "expanded", "transposed"])
+def test_any_mask_of_any_size_is_sdpa(N: int, S: int, kind: str) -> None:
+    q, k, v = (torch.randn(2, h, n, 8) for h, n in ((4, N), (2, S), (2, S)))
+    mask = torch.rand(2, 1, N, S) < 0.4
+    mask[..., 0] = True  # SDPA gives NaN where nothing is seen
+    if kind == "for all queries":
+        mask = mask[:, :, :1]
+    elif kind == "expanded":
+        mask = mask[:1, :, :1].expand(2, 1, N, S)
+    elif kind == "transposed":
+        mask = mask.mT.contiguous().mT
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True
+    )
+    given = mask if kind != "additive" else torch.where(mask, 0.0, -10000.0)
+    got = compat.attention(torch.nn.Module(), q, k, v, given)[0]
+    torch.testing.assert_close(got.transpose(1, 2), want, **CLOSE)
+
+
+def test_learned_queries_are_shared() -> None:
+    """One set of queries for a batch of keys, as SDPA broadcasts it."""
+    q, k, v = torch.randn(1, 2, 3, 8), torch.randn(4, 2, 5, 8), torch.randn(4, 2, 5, 8)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    got = compat.attention(torch.nn.Module(), q, k, v, None, is_causal=False)[0]
+    torch.testing.assert_close(got.transpose(1, 2), want, **CLOSE)
+
+
+def test_registered_once() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     compat.register()
     compat.register()
     assert ALL_ATTENTION_FUNCTIONS["pydecode"] is compat.attention
-    assert "pydecode" not in ALL_MASK_ATTENTION_FUNCTIONS
+    assert ALL_MASK_ATTENTION_FUNCTIONS["pydecode"] is make_mask
 
 
 def test_doctest() -> None:

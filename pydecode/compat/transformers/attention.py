@@ -2,7 +2,8 @@
 
 - Handed a ``Step`` (by ``CausalLM``), it attends with ``tree_attention`` over a paged cache that
   lives outside the model, and leaves the rows' keys and values in the step, to be written;
-- otherwise it is plain attention over what the model hands over, with ``ranked_attention``.
+- otherwise it takes the place of SDPA for any model: causal, bidirectional or cross attention under
+  any mask, with ``ranked_attention``.
 """
 
 from typing import Any, NamedTuple
@@ -14,12 +15,16 @@ import pydecode
 from pydecode import ranks, trees
 
 from ...decode.cache import PagedCache
+from .masks import make_mask, read_mask
 
 NAME = "pydecode"
 
 # What transformers passes on to attention functions, and no attention depends on.
 _HARMLESS = frozenset(
-    ("use_cache", "output_hidden_states", "output_router_logits", "num_items_in_batch")
+    (
+        *("use_cache", "output_hidden_states", "output_router_logits", "num_items_in_batch"),
+        "deterministic",  # ModernBERT's wish to FlashAttention; ours always is
+    )
 )
 
 
@@ -35,13 +40,11 @@ class Step(NamedTuple):
 
 
 def register() -> None:
-    """Registers the attention implementation "pydecode"; importing this module has done so.
-
-    Only the attention: transformers builds no mask for a name that is not in its mask interface.
-    """
-    from transformers import AttentionInterface
+    """Registers the attention "pydecode" and its masks; importing this package has done so."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, make_mask)
 
 
 def attention(
@@ -62,18 +65,31 @@ def attention(
     output_attentions: bool | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers' ``AttentionInterface``.
+    """An attention function of transformers' ``AttentionInterface``, in the place of SDPA.
 
-    query [B, Hq, N, D], key and value [B, Hkv, S, D], already rotated -> out [B, N, Hq, Dv], None.
+    Replaces ``transformers.integrations.sdpa_attention.sdpa_attention_forward`` (5.23), with the
+    soft caps and sinks that SDPA lacks.
 
-    Without a ``Step`` the N queries are the last N of the S keys. A padding mask of two dimensions
-    never arrives here: **transformers drops it** for implementations without a mask function. What
-    ``position_ids`` tell of padding (as they do under ``generate``) raises; a padded batch without
-    position_ids cannot be told from a full one: right padding is harmless there (no token sees it),
-    left padding is not. A four-dimensional mask arrives and is obeyed.
+    Args:
+        query: [B, Hq, N, D]; key, value: [B, Hkv, S, D], already rotated; B of one is expanded.
+        attention_mask: what ``make_mask`` gave, or the caller's own: bool (False hides) or floats
+            (0, or -9000 and less, which hides), [B|1, 1, N|1, S]. It alone decides, windows too.
+            None: causal or not as ``is_causal`` (or the module) says; causal queries are the last N
+            of the S keys, as in FlashAttention.
+        pydecode_step: a ``Step`` of ``CausalLM``, for a cache outside the model.
+        position_ids: not looked at; masks are made of them before.
+
+    Returns:
+        out [B, N, Hq, Dv], and None for the weights, which are never made. A query that sees no key
+        gives 0.
+
+    Nothing synchronises. A float mask with other numbers in it (a bias) raises on the CPU and under
+    ``pydecode.checks(True)``; where only the device knows, those rows give NaN.
 
     Raises:
-        NotImplementedError: the model passes something that is not known here, by name.
+        NotImplementedError: the model passes something that is not known here, by name; dropout; a
+            bias; a mask that differs between heads.
+        ValueError: a mask that does not fit.
     """
     for name, x in unknown.items():
         if x is not None and name not in _HARMLESS:
@@ -82,18 +98,48 @@ def attention(
         raise NotImplementedError(f"dropout: expected 0 ({NAME} is forward only), got {dropout}")
     if output_attentions:
         raise NotImplementedError("output_attentions: no attention weights are ever made")
-    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    scores = dict(
+    scores: dict[str, Any] = dict(
         softmax_scale=scaling, softcap=softcap or 0.0, window_size=sliding_window, sinks=s_aux
     )
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if pydecode_step is not None:
-        if attention_mask is not None or not causal:
+        # CausalLM gives an empty mask, so that transformers makes none
+        masked = attention_mask is not None and attention_mask.numel()
+        if masked or not _causal(module, is_causal):
             raise NotImplementedError("attention_mask, is_causal: the step's mask says it all")
         return _attend_step(pydecode_step, module.layer_idx, q, k, v, scores), None
-    if attention_mask is not None:
-        return _attend_masked(q, k, v, attention_mask, scores), None
-    return _attend_plain(q, k, v, position_ids, causal, scores), None
+    B, N, S = max(q.shape[0], k.shape[0]), q.shape[1], k.shape[1]
+    if q.shape[0] != k.shape[0]:  # learned queries, the same for all
+        q, k, v = (x.expand(B, -1, -1, -1) for x in (q, k, v))
+    poison = None
+    if attention_mask is None:
+        seen = _without_mask(q, N, S, _causal(module, is_causal), scores)
+    else:
+        seen, poison = read_mask(attention_mask, B, N, S, module)
+        scores["window_size"] = None
+    layer = getattr(key, "_pydecode_layer", None)
+    if layer is not None:  # a PydecodeCache: the pages are read where they lie
+        pool = layer.cache.pool
+        (k, v), seen["block_table"] = pool.layer(layer.index), pool.block_table
+    out: Any = pydecode.ranked_attention(q, k, v, **seen, **scores)
+    return out if poison is None else out + poison, None
+
+
+def _causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+
+
+def _without_mask(
+    q: Tensor, N: int, S: int, causal: bool, scores: dict[str, Any]
+) -> dict[str, Any]:
+    """Ranks of plain attention: causal, the last query at the last key; or everything."""
+    if causal:
+        k_rank = ranks.causal(S, q.device)
+        return dict(q_rank=k_rank[:, S - N :], k_rank=k_rank)
+    if scores["window_size"] is not None:
+        raise NotImplementedError("sliding_window: without causality it needs an attention_mask")
+    same = q.new_zeros(1, max(N, S), dtype=torch.int32)
+    return dict(q_rank=same[:, :N], k_rank=same[:, :S])
 
 
 def _attend_step(
@@ -130,82 +176,3 @@ def _windowed(step: Step, window: int) -> Tensor:
     else:
         mask = trees.unpack_mask(step.mask, at.shape[1])
     return mask & (at[:, :, None] - at[:, None, :] < window)
-
-
-def _attend_plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position_ids: Tensor | None,
-    causal: bool,
-    scores: dict[str, Any],
-) -> Tensor:
-    """Causal (bottom right aligned) or bidirectional attention over everything, nothing padded."""
-    B, N, S = q.shape[0], q.shape[1], k.shape[1]
-    k_rank = ranks.causal(S, q.device)
-    q_rank = k_rank[:, S - N :]
-    if causal:
-        _expect_unpadded(position_ids, B, N, S)
-    elif B == 1 and scores["window_size"] is None:
-        q_rank = torch.full((1, N), S, dtype=torch.int32, device=q.device)
-    else:
-        raise NotImplementedError(
-            "is_causal=False: more than one sequence (which may be padded) or a window needs a "
-            "four-dimensional attention_mask"
-        )
-    out: Any = pydecode.ranked_attention(q, k, v, q_rank=q_rank, k_rank=k_rank, **scores)
-    return out
-
-
-def _expect_unpadded(position_ids: Tensor | None, B: int, N: int, S: int) -> None:
-    """The last of S keys belongs to the last query, and no key is padding, as positions tell.
-
-    They are all there is to tell: padded batches, static caches (whose tail is empty), packed
-    sequences and trees come without a mask. Reads data, once a forward pass.
-    """
-    if position_ids is None:
-        if B > 1 or S != N:
-            raise NotImplementedError("position_ids: without them a batch or a cache needs a mask")
-        return
-    if getattr(position_ids, "_pydecode_unpadded", None) == S:
-        return
-    if position_ids.dim() != 2:
-        raise NotImplementedError(
-            f"position_ids: expected [B, N], got shape {list(position_ids.shape)}"
-        )
-    last = position_ids[:, -1:]
-    counts_up = position_ids - last == torch.arange(1 - N, 1, device=position_ids.device)
-    if not bool((counts_up & (last >= S - 1)).all()):
-        raise NotImplementedError(
-            f"position_ids: expected to count up to the last of {S} keys. transformers hands "
-            "padded batches, static caches, packed sequences and trees to this attention without a "
-            "mask; give a four-dimensional attention_mask"
-        )
-    position_ids._pydecode_unpadded = S  # type: ignore[attr-defined]
-
-
-def _attend_masked(
-    q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, scores: dict[str, Any]
-) -> Tensor:
-    """Attention under an explicit mask [B|1, 1, N, S], bool or additive with 0 and -inf."""
-    N, S = q.shape[1], k.shape[1]
-    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
-        raise NotImplementedError(
-            f"attention_mask: expected [B|1, 1, N, S], got {list(attention_mask.shape)}"
-        )
-    if attention_mask.shape[2:] != (N, S):
-        raise ValueError(
-            f"attention_mask: expected [B|1, 1, {N}, {S}], got {list(attention_mask.shape)}"
-        )
-    visible = attention_mask[:, 0]
-    if visible.dtype != torch.bool:
-        hidden = visible <= torch.finfo(visible.dtype).min / 2
-        if not bool((hidden | (visible == 0)).all()):
-            raise NotImplementedError("attention_mask: a bias other than 0 and -inf")
-        visible = ~hidden
-    # All S keys as rows in flight behind no context, so that the mask alone decides (it has the
-    # window in it, if there is one); the first S - N rows are not wanted.
-    visible = nn.functional.pad(visible.long(), (0, 0, S - N, 0)).bool()
-    q = nn.functional.pad(q, (0, 0, 0, 0, S - N, 0))
-    out: Any = pydecode.tree_attention(q, k[:, :0], v[:, :0], k, v, mask=visible, **scores)
-    return out[:, S - N :]

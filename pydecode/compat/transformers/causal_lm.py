@@ -106,6 +106,8 @@ class CausalLM:
             logits = self.model(
                 input_ids=tokens,
                 position_ids=step.positions,
+                # four-dimensional, so taken as it is: no mask is made, nothing is read
+                attention_mask=tokens.new_empty(0, 1, 1, 1),
                 # A cache of transformers' own would hand the context over a second time.
                 use_cache=False,
                 past_key_values=None,
