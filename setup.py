@@ -12,6 +12,7 @@ setup(
         "pydecode.triton_kernels",
         "pydecode.bench",
         "pydecode.bench.peers",
+        "pydecode.bench.static",
     ],
     package_dir={"pydecode.triton_kernels": "triton_kernels", "pydecode.bench": "bench"},
     package_data={"pydecode": ["py.typed"]},

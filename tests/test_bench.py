@@ -181,7 +181,7 @@ def test_compare(tmp_path: Path) -> None:
     bad.write_text("{}")
     done = CliRunner().invoke(app, ["bench", "compare", str(files[0]), str(bad)])
     assert done.exit_code == 2
-    assert "expected a file of" in " ".join(done.output.split())
+    assert "expected a file of" in " ".join(done.output.replace("│", " ").split())
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,8 @@ def test_bias_is_added_first(n: int, shape: tuple[int, ...], backend: str) -> No
     ids = torch.randint(-3, vocab + 3, (*shape, n))
     ids[..., 1:3] = 6  # named twice, and id 0 beside ids that are none
     ids[..., 3:4], ids[..., 4:] = 0, -1
-    bias = torch.randint(-6, 6, (*shape, n)).float()
+    ids.view(4, n)[0, :1] = 5  # some id counts
+    bias = torch.randint(1, 6, (*shape, n)).float() * (1 - 2 * torch.randint(2, (*shape, n)))
     want = plainly(logits.view(4, -1), ids.view(4, -1), bias.view(4, -1)).view_as(logits)
     held = logits.clone()
     for sampler in ("inverse_cdf", "gumbel"):
