@@ -10,10 +10,14 @@ setup(
     packages=[
         *find_packages(include=["pydecode", "pydecode.*"]),
         "pydecode.triton_kernels",
+        "pydecode.triton_kernels.configurations",
         "pydecode.bench",
         "pydecode.bench.peers",
         "pydecode.bench.static",
     ],
     package_dir={"pydecode.triton_kernels": "triton_kernels", "pydecode.bench": "bench"},
-    package_data={"pydecode": ["py.typed"]},
+    package_data={
+        "pydecode": ["py.typed"],
+        "pydecode.triton_kernels.configurations": ["*.json"],
+    },
 )
