@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import binding
@@ -36,8 +37,9 @@ def rejection_sample(
     positions: int | Tensor | None = None,
     uniforms: Tensor | None = None,
     return_logprobs: bool = False,
+    return_num_passed: bool = False,
     backend: str | None = None,
-) -> Verified:
+) -> Any:
     """Accepts a prefix of G drafted tokens and samples one more; the output's law is the target's.
 
     ``rule="token"``: draft i is accepted while ``q > 0 and u_i q_i(x_i) < p_i(x_i)``; at the first
@@ -83,6 +85,9 @@ def rejection_sample(
             NaN or a negative one counts as 1.
         return_logprobs: also log p of every emitted token under log_softmax(logits / temperature)
             with ``allowed`` and without filters (temperature 0 is read as 1 here).
+        return_num_passed: also how many drafts of the chain pass the token rule's test each on its
+            own, with its own draw, those after the first rejection included: a statistic of the
+            draft model, from which nothing is emitted.
 
     Returns:
         Verified: ``tokens`` int64 [B, G+1], accepted drafts, the last token, then -1;
@@ -90,7 +95,8 @@ def rejection_sample(
         [B, G+1] fp32 (fp64 for an fp64 target), 0 where tokens is -1, or None. A request that reads
         a bad row (NaN, nothing allowed, a row index outside the rows) is undecided: tokens and path
         all -1, num_accepted 0. The token rule reads up to the first rejection, the block rule all
-        valid rows.
+        valid rows. With ``return_num_passed`` a pair (Verified, int32 [B]), 0 for an undecided
+        request; a bad row that the rule does not read passes nothing.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
@@ -129,13 +135,14 @@ def rejection_sample(
         *arguments.draft_temperature_of(draft_temperature, temperature, sizes.B, device),
         *(bool(filter_draft), rule),
         *arguments.random(seed, offset, positions, uniforms, sizes, device),
-        *(bool(return_logprobs), choose("rejection_sample", backend)),
+        *(bool(return_logprobs), bool(return_num_passed), choose("rejection_sample", backend)),
     )
-    tokens, num_accepted, path, logprobs = binding.call(_op, _run, *args)
-    return Verified(tokens, num_accepted, path, logprobs if return_logprobs else None)
+    tokens, num_accepted, path, logprobs, num_passed = binding.call(_op, _run, *args)
+    verified = Verified(tokens, num_accepted, path, logprobs if return_logprobs else None)
+    return (verified, num_passed) if return_num_passed else verified
 
 
-def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.rejection_sample(*args)
@@ -149,11 +156,13 @@ def _fake(
     draft_probs: Tensor | None,
     target_probs: Tensor | None,
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     target = target_logits if target_logits is not None else target_probs
     assert target is not None
     width = draft_tokens.shape[1] + 1
-    return arguments.fake_verified(draft_tokens, width, target, return_logprobs=args[-2])
+    results = arguments.fake_verified(draft_tokens, width, target, return_logprobs=args[-3])
+    B = draft_tokens.shape[0] if args[-2] else 0
+    return (*results, draft_tokens.new_empty((B,), dtype=torch.int32))
 
 
 _op = binding.bind("rejection_sample", _run, _fake)

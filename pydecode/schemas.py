@@ -93,8 +93,9 @@ SCHEMAS: dict[str, str] = {
     ),
     "rejection_sample": (
         "(Tensor? target_logits, Tensor draft_tokens, Tensor? draft_logits, Tensor? draft_probs, "
-        f"Tensor? target_probs, {_VERIFY_TAIL}, {_VERIFY_RANDOM}, str backend) "
-        "-> (Tensor tokens, Tensor num_accepted, Tensor path, Tensor logprobs)"
+        f"Tensor? target_probs, {_VERIFY_TAIL}, {_VERIFY_RANDOM}, bool return_num_passed, "
+        "str backend) -> (Tensor tokens, Tensor num_accepted, Tensor path, Tensor logprobs, "
+        "Tensor num_passed)"
     ),
     "rejection_sample_tree": (
         "(Tensor? target_logits, Tensor draft_tokens, Tensor parents, Tensor? draft_probs, "

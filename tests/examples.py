@@ -223,6 +223,7 @@ def rejection_sample() -> Call:
             offset=2**64 - 1,
             positions=torch.tensor([17, 4]),
             return_logprobs=True,
+            return_num_passed=True,
         ),
     )
 

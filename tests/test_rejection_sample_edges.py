@@ -241,3 +241,32 @@ def test_checks_name_the_index(name: str) -> None:
         pydecode.rejection_sample(**call)
     with pydecode.checks(True):  # what num_drafts leaves out is nobody's
         pydecode.rejection_sample(target[None], torch.tensor([[0, 1, -7]]), num_drafts=2)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_num_passed_counts_each_draft_on_its_own(rule: str, backend: str) -> None:
+    B, G, V = 200, 5, 4
+    p, q = torch.rand(B, G + 1, V).double(), torch.rand(B, G, V).double()
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    p[:20, 3, 1] = torch.nan
+    tokens = torch.randint(-1, V, (B, G)).clamp(min=-1)
+    tokens[50:] = tokens[50:].clamp(min=0)
+    counts, u = torch.randint(0, G + 1, (B,)), torch.rand(B, G + 1).double()
+    given: dict[str, Any] = dict(draft_probs=q, target_probs=p, num_drafts=counts, uniforms=u)
+    plain = pydecode.rejection_sample(None, tokens, rule=rule, backend=backend, **given)
+    verified, passed = pydecode.rejection_sample(
+        None, tokens, rule=rule, return_num_passed=True, backend=backend, **given
+    )
+    for x, y in zip(verified[:3], plain[:3]):
+        assert torch.equal(x, y)
+    later = 0
+    for b in range(B):
+        want, undecided = 0, bool(verified.path[b, 0] < 0)
+        for i, x in enumerate(tokens[b, : counts[b]].tolist()):
+            if x < 0 or undecided:
+                break
+            good = bool((p[b, i] >= 0).all())
+            want += good and bool(u[b, i] * q[b, i, x] < p[b, i, x])
+        assert passed[b] == want, b
+        later += want > int(verified.num_accepted[b])
+    assert later > 10  # negative control: it is not the accepted prefix

@@ -49,6 +49,7 @@ def generate(
     seed: int | Tensor = 0,
     prefill_chunk: int = 512,
     on_tokens: Callable[[int, list[int]], Any] | None = None,
+    should_stop: Callable[[int, int], bool] | None = None,
     **filters: Any,
 ) -> Generation:
     """Generates up to ``max_new_tokens`` a request, several a step.
@@ -62,6 +63,8 @@ def generate(
         rule: of ``rejection_sample`` (chains) or ``rejection_sample_tree``; None: their default.
         seed: number or [B]; a request's draws depend on its seed and positions alone if [B].
         on_tokens: called with (request, new tokens) after every step.
+        should_stop: called with (request, token) for every new token in turn that is no stop token;
+            true ends the request with it, also inside an accepted path.
 
     The host reads the verified tokens once a step, to look for stop tokens.
     """
@@ -100,14 +103,19 @@ def generate(
         emitted, accepted = verified.tokens.tolist(), verified.num_accepted.tolist()
         drafted = draft.num_drafts.tolist()
         for b in [b for b, r in enumerate(running) if r]:
-            new = _cut(emitted[b][: accepted[b] + 1], ends[b] - len(sequences[b]), stop_tokens)
-            if not new or new[0] < 0:
+            if emitted[b][0] < 0:
                 raise ValueError(f"model: request {b} has NaN among its logits after {steps} steps")
+            room_left = ends[b] - len(sequences[b])
+            new, running[b] = [], room_left > accepted[b] + 1
+            for token in emitted[b][: min(room_left, accepted[b] + 1)]:
+                new.append(token)
+                if token in stop_tokens or (should_stop is not None and should_stop(b, token)):
+                    running[b] = False
+                    break
             sequences[b] += new
             result.tokens[b].extend(new)
             result.accepted[b].append(min(accepted[b], len(new)))
             result.drafted[b].append(drafted[b])
-            running[b] = len(sequences[b]) < ends[b] and new[-1] not in stop_tokens
             if not running[b]:  # the path may reach past the end: the cache forgets that part
                 cache.lengths[b] = len(sequences[b]) - 1
             if on_tokens is not None:
@@ -142,12 +150,3 @@ def _verify(
     if draft.parents is None:
         return pydecode.rejection_sample(logits, draft.tokens, **arguments)
     return pydecode.rejection_sample_tree(logits, draft.tokens, draft.parents, **arguments, **tree)
-
-
-def _cut(new: list[int], room: int, stop_tokens: Collection[int]) -> list[int]:
-    """New tokens up to the length limit and through the first stop token."""
-    new = new[:room]
-    for i, token in enumerate(new):
-        if token in stop_tokens:
-            return new[: i + 1]
-    return new

@@ -46,8 +46,10 @@ def rejection_sample(
     positions_tensor: Tensor | None,
     uniforms: Tensor | None,
     return_logprobs: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """draft_tokens [B, G] -> tokens [B, G+1], num_accepted [B], path [B, G+1], logprobs."""
+    return_num_passed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """draft_tokens [B, G] -> tokens [B, G+1], num_accepted [B], path [B, G+1], logprobs,
+    num_passed [B]."""
     B, G = draft_tokens.shape
     target = target_logits if target_logits is not None else target_probs
     assert target is not None
@@ -138,7 +140,10 @@ def rejection_sample(
             target_logits, target_probs, row_index, allowed, f.temperature
         ).gather(-1, tokens.clamp(min=0)[..., None])
         logprobs = torch.where(tokens >= 0, logp[..., 0], 0.0)
-    return tokens, num_accepted, path, logprobs
+    num_passed = num_accepted.new_empty(0)
+    if return_num_passed:  # each draft by its own draw, whatever became of those before it
+        num_passed = torch.where(decided, accept.sum(-1), 0).int()
+    return tokens, num_accepted, path, logprobs, num_passed
 
 
 def _block(

@@ -78,8 +78,8 @@ OWN = "what a plan left does not move with the arguments"
 
 # The second count of the chain is no result of the operator: two gathers and the comparisons.
 CALLS: dict[str, Adapter] = {
-    "chain_speculative_sampling": Adapter(chain, budget=30.0),
-    "chain_speculative_sampling, seeded": Adapter(seeded_chain, budget=30.0),
+    "chain_speculative_sampling": Adapter(chain, budget=5.0),
+    "chain_speculative_sampling, seeded": Adapter(seeded_chain, budget=5.0),
     "top_k_top_p_sampling_from_logits": Adapter(top_k_top_p),
     "sampling_from_logits": Adapter(logits),
     "sampling_from_probs": Adapter(probs, budget=8.0),

@@ -48,9 +48,9 @@ def verify_chain(
         if weights.sum() == 0 and not naive:
             weights = p[emitted]
     accepted = emitted
-    for i in range(emitted + 1, n):
-        x = ids[i]
-        if 0 <= x < V and q[i][x] > 0 and u[i] * q[i][x] < p[i][x]:
+    absent = [i for i, x in enumerate(ids) if not 0 <= x < V]
+    for i in range(emitted + 1, min(absent, default=n)):  # padding ends the chain for this as well
+        if q[i][ids[i]] > 0 and u[i] * q[i][ids[i]] < p[i][ids[i]]:
             accepted += 1
     tokens.append(inverse_cdf(weights, u[n]))
     return tokens + [-1] * (n - emitted), accepted, emitted

@@ -217,8 +217,10 @@ def test_draws(name: str) -> None:
 
 
 def test_logits_of_another_width() -> None:
-    with pytest.raises(ValueError, match="logits"):
-        ThresholdParallelDecoder(0, 0.9, mask_id=MASK).decode(model_of(2), START, END + 1, start(2))
+    how: dict[str, Any] = dict(temperature=0, threshold=0.9, mask_id=MASK)
+    for make in (ThresholdParallelDecoder, CreditThresholdParallelDecoder):
+        with pytest.raises(ValueError, match=r"logits: expected shape \[B, L, V\]"):
+            make(**how).decode(model_of(2), START, END + 1, start(2))
 
 
 def test_cases_are_what_they_seem() -> None:

@@ -209,7 +209,7 @@ def test_settings() -> None:
 
     prompt = torch.randint(0, MASK, (2, 4))
     model = FullModel(table())
-    model.generation_config = Config()  # type: ignore[attr-defined]
+    model.config = Config()  # type: ignore[attr-defined]
     x = diffusion_generate(model, prompt)
     assert isinstance(x, Tensor)
     assert (x.shape, len(model.calls)) == ((2, 9), 3)
@@ -219,6 +219,12 @@ def test_settings() -> None:
     assert isinstance(x, Tensor)
     assert (x.shape, len(model.calls)) == ((6, 6), 5)
     assert x[:, :4].tolist() == prompt.repeat_interleave(3, 0).tolist()
+    # a stock generation config gives its mask token, and none of its sampling
+    other = FullModel(table())
+    other.generation_config = Config()  # type: ignore[attr-defined]
+    x = diffusion_generate(other, prompt, max_new_tokens=2, steps=1)
+    assert isinstance(x, Tensor)
+    assert (x.shape, len(other.calls)) == ((2, 6), 1)
     with pytest.raises(TypeError, match="stpes"):
         diffusion_generate(model, prompt, stpes=3)
     with pytest.raises(ValueError, match="alg"):

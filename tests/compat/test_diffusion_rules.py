@@ -190,6 +190,28 @@ def test_empty(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_do_not_fit(name: str) -> None:
+    logits, mask_index, x = cases(3, 4)
+    call = call_of(name, 0.0)
+    for bad in (
+        (logits, mask_index[:1], x),  # would be taken for every request's
+        (logits, mask_index, x[:, :2]),
+        (logits[0], mask_index[0], x[0]),
+    ):
+        with pytest.raises(ValueError, match="logits, mask_index, x: expected"):
+            call(*bad)
+    with pytest.raises(TypeError, match="mask_index: expected dtype bool"):
+        call(logits, mask_index.long(), x)
+
+
+def test_neither_schedule_nor_threshold() -> None:
+    logits, mask_index, x = cases(3, 4)
+    for function in (get_transfer_index, get_transfer_index_entropy):
+        with pytest.raises(TypeError, match="num_transfer_tokens: expected"):
+            function(logits, *GREEDY, mask_index, x, None, mask_id=MASK)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_unknown_remasking(name: str) -> None:
     if name != "dinfer":
         with pytest.raises(NotImplementedError, match="remasking"):

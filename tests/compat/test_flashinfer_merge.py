@@ -130,4 +130,6 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"mask: expected \[n\] = \[4\]"):
         merge_state_in_place(v[:, 0], s[:, 0], v[:, 1], s[:, 1], torch.ones(3).bool())
     with pytest.raises(ValueError, match="expected shape"):
-        merge_state(v[:, 0], s[:, 0], v[:2, 1], s[:2, 1])
+        merge_state(v[:, 0], s[:, 0], v[:2, 1], s[:, 1])
+    with pytest.raises(ValueError, match=r"v, s, s: expected \[n, H, D\], \[n, H\]"):
+        merge_state(v[:, 0], s[:, 0].T, v[:, 1], s[:, 1])

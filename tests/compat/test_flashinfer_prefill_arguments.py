@@ -70,6 +70,7 @@ BAD_RUNS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "heads": (dict(q=torch.zeros(5, 3, 8, dtype=DOUBLE)), ValueError, "planned"),
     "dtype": (dict(q=torch.zeros(5, 2, 8)), ValueError, "planned"),
     "page": (dict(paged_kv_cache=torch.zeros(9, 2, 4, 1, 8, dtype=DOUBLE)), ValueError, "planned"),
+    "parts": (dict(paged_kv_cache=torch.zeros(9, 4, 1, 8)), ValueError, "paged_kv_cache"),
 }
 
 

@@ -162,3 +162,5 @@ def test_errors() -> None:
         top_k_top_p_sampling_from_logits(torch.zeros(2, 5), 1, 0.5, None, "top_p_first")
     with pytest.raises(ValueError, match=r"logits: expected \[B, V\]"):
         sampling_from_logits(torch.zeros(2, 3, 5))
+    with pytest.raises(ValueError, match=r"probs: expected \[B, V\]"):
+        sampling_from_probs(torch.zeros(5))

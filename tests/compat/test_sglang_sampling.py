@@ -82,6 +82,13 @@ def one_node(p: list[list[float]], tokens: list[int], u: float, final: float = 0
     return got
 
 
+def test_a_threshold_in_place_of_draft_probs_is_an_error() -> None:
+    """One version of theirs has no draft_probs: its positional calls must not be misread."""
+    filler = [torch.zeros(1)] * 10
+    with pytest.raises(TypeError, match=r"draft_probs: expected a tensor or None, got 0\.5"):
+        tree_speculative_sampling_target_only(*filler, 0.5, 0.9)  # type: ignore[arg-type]
+
+
 def test_a_coin_of_0_accepts_nothing_impossible() -> None:
     """sglang#35771: a token that top-k removed was accepted at coin 0."""
     assert one_node([[0.0, 1.0]], [0], 0.0).num.item() == 0

@@ -156,6 +156,8 @@ def test_v2_edges() -> None:
     assert (num[[0, 1, 3, 4, 5]] > 0).all()
     with pytest.raises(NotImplementedError, match="synthetic_conditional_rates"):
         v2.rejection_sample(**call, synthetic_conditional_rates=torch.ones(3))
+    with pytest.raises(ValueError, match="draft_logits: expected 3 dimensions"):
+        v2.rejection_sample(**call | dict(draft_logits=call["draft_logits"][0]))
     empty = {
         n: x[:0]
         for n, x in call.items()

@@ -15,7 +15,8 @@ What all of them share, and where they differ from their peers:
 - **Draws** are Philox draws. A function without ``seed=`` takes one from torch's generator of the
   device (so ``torch.manual_seed`` repeats a run, and nothing is read); with one, advance
   ``offset=`` each step. Same laws as the peers', other numbers.
-- **Confidences** are fp32 (fp64 for fp64 logits) whatever the peer used: fp64 there, bf16 here.
+- **Confidences** are fp32 (fp64 for fp64 logits) whatever the peer used: fp64 there, bf16 here. So
+  rows surer than about 1 - 6e-8 tie, which fp64 still tells apart.
 - **Ties** go to the lowest id and position, where torch.topk says nothing.
 - Nothing of size V is made: no fp64 copy, no softmax, no shifted copy, no gather of rows.
 """

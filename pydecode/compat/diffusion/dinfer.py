@@ -161,6 +161,11 @@ class CreditThresholdParallelDecoder(ThresholdParallelDecoder):
         iter_threshold: float | None = None,
     ) -> None:
         block = x[:, block_start:block_end]
+        if logits.shape[:2] != block.shape:
+            want = ", ".join(map(str, block.shape))
+            raise ValueError(
+                f"logits: expected shape [B, L, V] = [{want}, V], got {list(logits.shape)}"
+            )
         key = (block_start, block_end, block.shape, block.device)
         if self._credit is None or self._credit_of != key:
             self._credit, self._credit_of = Credit(block), key

@@ -108,8 +108,8 @@ def diffusion_generate(
         inputs: [B, P] int64. attention_mask: [B, P], 0 at padding (read once, as theirs).
         settings: temperature, top_p, top_k, max_length, max_new_tokens, eps, steps, alg
             ("origin", "maskgit_plus", "topk_margin", "entropy"), alg_temp, num_return_sequences,
-            return_dict_in_generate, output_history, mask_token_id; else from ``generation_config``,
-            ``model.generation_config`` or ``model.config``, in this order.
+            return_dict_in_generate, output_history, mask_token_id; else from ``generation_config``
+            or, without one, ``model.config``; mask_token_id also from ``model.generation_config``.
         generation_tokens_hook_func, generation_logits_hook_func: as there, (step, x, logits); they
             see shifted logits, so **with either the shifted copy is made**.
         seed: int or [B * num_return_sequences]; None: from torch's generator.
@@ -193,15 +193,17 @@ def diffusion_generate(
 
 
 def _settings(model: Any, generation_config: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Every setting from the first place that has it."""
-    places = (
-        generation_config,
-        getattr(model, "generation_config", None),
-        getattr(model, "config", None),
-    )
+    """What was given, else the generation config, else (as theirs) the model's own config.
+
+    Only the mask token is looked for further: a model's stock generation config holds a top_k or
+    a temperature that nobody asked for.
+    """
+    own = getattr(model, "generation_config", None), getattr(model, "config", None)
+    given = own[1] if generation_config is None else generation_config
+    mask = ("mask_token_id",)
     found = dict(DEFAULTS)
-    for place in reversed(places):
-        found |= {n: v for n in DEFAULTS if (v := getattr(place, n, None)) is not None}
+    for place, names in ((own[1], mask), (own[0], mask), (given, tuple(DEFAULTS))):
+        found |= {n: v for n in names if (v := getattr(place, n, None)) is not None}
     return found | settings
 
 

@@ -40,7 +40,8 @@ def get_transfer_index(
     with NaN is never taken.
 
     Raises:
-        NotImplementedError: an unknown ``remasking``.
+        NotImplementedError: an unknown ``remasking``. ValueError, TypeError: tensors that do not
+            fit; neither ``num_transfer_tokens`` nor a threshold.
     """
     if threshold is None:
         rule = dict(rule="top_k", k=counts(num_transfer_tokens), min_commit=0)

@@ -71,7 +71,7 @@ def generate(
             unknown ``remasking``.
 
     Where fewer rows are masked than a step should commit, theirs picks committed ones too, to no
-    effect; ours stops at the masked ones.
+    effect; ours stops at the masked ones. Rows with NaN stay masked, which nothing here reads.
     """
     B, P = prompt.shape
     blocks, steps = split_steps(gen_length, block_length, steps)

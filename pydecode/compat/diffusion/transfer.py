@@ -8,6 +8,8 @@ from torch import Tensor
 
 import pydecode
 
+from ...validation import expect_dtype
+
 NO_MASK = -1  # outside every vocabulary, so that commit refuses no proposal on its account
 
 
@@ -28,6 +30,12 @@ def transfer(
 
     x0 is the proposal of every row in ``mask_index`` and x elsewhere. ``rule``: of ``commit``.
     """
+    if logits.dim() != 3 or not mask_index.shape == x.shape == logits.shape[:2]:
+        raise ValueError(
+            f"logits, mask_index, x: expected [B, L, V], [B, L] and [B, L], got "
+            f"{list(logits.shape)}, {list(mask_index.shape)} and {list(x.shape)}"
+        )
+    expect_dtype("mask_index", mask_index, (torch.bool,))
     rows, index = as_rows(logits)
     scores = pydecode.sample_and_score(
         rows,
@@ -95,6 +103,10 @@ def excluded(mask_id: int | None, logits: Tensor) -> int | None:
 
 def counts(num_transfer_tokens: Any) -> Any:
     """A schedule's column as ``k``: an int, 0-d or [B]; peers hand [B] or [B, 1]."""
+    if num_transfer_tokens is None:
+        raise TypeError(
+            "num_transfer_tokens: expected numbers where there is no threshold, got None"
+        )
     if isinstance(num_transfer_tokens, Tensor) and num_transfer_tokens.dim() > 1:
         return num_transfer_tokens.flatten()
     return num_transfer_tokens

@@ -75,6 +75,9 @@ def merge_state_in_place(
 
 def _merge_two(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
     """s [n, H], a view."""
+    if not s_a.shape == s_b.shape == v_a.shape[:-1]:
+        got = ", ".join(str(list(x.shape)) for x in (v_a, s_a, s_b))
+        raise ValueError(f"v, s, s: expected [n, H, D], [n, H] and [n, H], got {got}")
     dtype = _lse_dtype(v_a)
     # a conversion that has nothing to do still costs the host 0.7 us
     s_a, s_b = (s if s.dtype == dtype else s.to(dtype) for s in (s_a, s_b))

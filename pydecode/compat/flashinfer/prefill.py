@@ -423,10 +423,12 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _split(cache: Cache, layout: str) -> tuple[Tensor, Tensor]:
     """K and V [pages, page_size, Hkv, D], as views."""
     at = 1 if layout == "NHD" else 2  # where page_size is, behind the pages
-    if isinstance(cache, Tensor):
-        k, v = cache.unbind(1)
-    else:
-        k, v = cache
+    parts = cache.unbind(1) if isinstance(cache, Tensor) else cache
+    if len(parts) != 2:
+        raise ValueError(
+            f"paged_kv_cache: expected [pages, 2, ...] or a tuple (k, v), got {len(parts)} parts"
+        )
+    k, v = parts
     if k.dim() == 3:
         k, v = k.unsqueeze(at), v.unsqueeze(at)
     return (k, v) if at == 1 else (k.transpose(1, 2), v.transpose(1, 2))

@@ -50,9 +50,6 @@ def chain_speculative_sampling(
     request undecided: all -1, emitted 0 (theirs: an arbitrary id in both). Draft ids are never an
     index out of bounds.
 
-    ``accepted`` is no result of the operator: its two gathers and the comparisons are small
-    launches that cost more than 20 us of host time, where a plain adapter costs under 5.
-
     Raises:
         ValueError, TypeError: an argument that does not fit, by name; a seed without an offset.
 
@@ -68,26 +65,17 @@ def chain_speculative_sampling(
         raise ValueError(f"draft_token_ids: expected [B, n], got {list(draft_token_ids.shape)}")
     B, n = draft_token_ids.shape
     device = draft_token_ids.device
-    draws = _draws((B, n + 1), device, generator, seed, offset)
-    verified = pydecode.rejection_sample(
-        None, draft_token_ids, draft_probs=draft_probs, target_probs=target_probs, **draws
+    verified, passed = pydecode.rejection_sample(
+        None,
+        draft_token_ids,
+        draft_probs=draft_probs,
+        target_probs=target_probs,
+        return_num_passed=True,
+        **_draws((B, n + 1), device, generator, seed, offset),
     )
-
-    # past the first rejection each draft is tested with a draw that nothing else has used
-    if "uniforms" in draws:
-        u = draws["uniforms"][:, :n]
-    else:
-        blank = torch.zeros(B, n, 1, device=device)
-        u = pydecode.sample_and_score(blank, confidence="random", **draws).confidence
-    ids = draft_token_ids.clamp(0, target_probs.shape[-1] - 1)
-    at = ids.long().unsqueeze(2)
-    p, q = target_probs.gather(2, at).squeeze(2), draft_probs.gather(2, at).squeeze(2)
-    later = verified.tokens[:, :n] < 0
-    passes = (u * q < p) & (q > 0) & (ids == draft_token_ids) & later
-    accepted = passes.sum(-1, dtype=torch.int32).add_(verified.num_accepted)
     return (
         verified.tokens.int(),
-        _count("maybe_output_accepted_token_num", maybe_output_accepted_token_num, accepted),
+        _count("maybe_output_accepted_token_num", maybe_output_accepted_token_num, passed),
         _count(
             "maybe_output_emitted_draft_token_num",
             maybe_output_emitted_draft_token_num,
@@ -175,6 +163,8 @@ def sampling_from_probs(
     NaN or a negative entry, or without mass, gives -1 (theirs: an arbitrary id), and False in
     ``valid``, bool [B], which ``return_valid`` adds.
     """
+    if probs.dim() != 2:
+        raise ValueError(f"probs: expected [B, V], got shape {list(probs.shape)}")
     _expect_no_nan("probs", probs, check_nan)
     rows = probs if indices is not None else probs.unsqueeze(1)
     index = None if indices is None else indices.unsqueeze(1)

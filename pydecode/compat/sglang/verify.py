@@ -102,6 +102,10 @@ def tree_speculative_sampling_target_only(
     Raises:
         ValueError, TypeError: a shape, dtype or layout that does not fit, by name.
     """
+    if draft_probs is not None and not isinstance(draft_probs, Tensor):
+        raise TypeError(  # a version of theirs has no draft_probs: thresholds would be lost here
+            f"draft_probs: expected a tensor or None, got {draft_probs!r}; give thresholds by name"
+        )
     S = _expect(accept_index, accept_token_num, candidates, retrive_index, predicts)
     B, T = candidates.shape
     expect_shape("uniform_samples", uniform_samples, (B, T), "[bs, ndt]")

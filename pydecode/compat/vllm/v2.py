@@ -7,6 +7,8 @@ from torch import Tensor
 
 import pydecode
 
+from ...validation import expect_dim
+
 
 def rejection_sample(
     target_logits: Tensor,
@@ -83,6 +85,7 @@ def rejection_sample(
     t = temperature.index_select(0, place)
     draft_rows = draft_row_index = None
     if draft_logits is not None:
+        expect_dim("draft_logits", draft_logits, 3, "[max_reqs, K, V]")
         vocab = min(target_logits.shape[-1], draft_logits.shape[-1])
         target_logits = target_logits[:, :vocab]
         draft_rows, per_request, per_step = _flat(draft_logits[..., :vocab])
