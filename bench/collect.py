@@ -16,21 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from . import report, run
+from .families import FAMILIES
 from .run import Row
 from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_YET = "not measured yet"
 
-FAMILIES = (
-    (
-        "Attention",
-        ("tree_attention", "block_attention", "branch_attention", "ranked_attention"),
-    ),
-    ("Verification of drafts", ("rejection_sample", "rejection_sample_tree", "verify_greedy")),
-    ("Diffusion", ("unmask", "sample_and_score")),
-    ("Cache and states", ("commit_kv", "write_kv", "merge_states")),
-)
 HEAD = """# Performance
 
 <!-- made by `python -m pydecode.bench.collect`: every number is from a file in bench/results -->
@@ -49,7 +41,10 @@ def file_results(folder: Path, results: Path) -> list[Path]:
     """Copies the JSON files of a run to where they belong; returns the new paths."""
     filed = []
     for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text())
+        try:
+            content = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file}: expected JSON: {error}") from error
         machine = content.get("machine") or (content.get("machines") or [None])[-1]
         if machine is None:  # a stage that says nothing about a device
             continue
@@ -158,10 +153,16 @@ def main() -> None:
     options = parser.parse_args()
     results = options.root / "bench" / "results"
     if options.folder is not None:
-        for path in file_results(options.folder, results):
+        if not options.folder.is_dir():
+            parser.error(f"folder: expected what bench/device.sh left, got {options.folder}")
+        filed = file_results(options.folder, results)
+        for path in filed:
             print(f"filed {path.relative_to(options.root)}")
+        if not filed:
+            parser.error(f"folder: no results in {options.folder}")
     pictures(results)
     target = options.root / "docs" / "performance.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(results, run.workloads(run.ops(), quick=False)))
     print(f"wrote {target.relative_to(options.root)}")
 

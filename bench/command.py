@@ -1,6 +1,8 @@
 """``pydecode bench`` and ``pydecode bench compare``: the command line's part."""
 
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 import pydecode
+from pydecode.check.command import expect_folder
 
 from . import report, roof, run
 from .peers import peers as all_peers
+from .workload import Workload
 
 console = Console()
 if not console.is_terminal:
@@ -48,21 +52,22 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"--device: torch sees no {device!r} here")
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if device is not None and device not in here:
+        raise typer.BadParameter(f"--device: expected {' or '.join(here)} here, got {device!r}")
+    where = torch.device(device or here[-1])
+    expect_folder("json", json_file)
     ops = _chosen("op", op, run.ops())
     names = _chosen("backend", backend, list(pydecode.backends()))
     names = [b for b in names if backend or pydecode.backends()[b].available]
     end = float("inf") if budget is None else time.monotonic() + budget
     contenders = all_peers() if peers else []
-    # the few first, so that a budget that runs out has something of every op
-    work = sorted(run.workloads(ops, quick=quick), key=lambda w: not w.quick)
+    work = in_turn(run.workloads(ops, quick=quick))
     limit = max_gb * 1e9 if max_gb is not None else _room(where)
 
     console.print(f"measuring the roof of {where.type}")
     top = roof.measure(where, {w.dtype for w in work if w.flops})
-    console.print(f"{top.bandwidth / 1e9:.1f} GB/s, " + _rates(top))
+    console.print(", ".join([f"{top.bandwidth / 1e9:.1f} GB/s", *_rates(top)]))
     rows: list[run.Row] = []
     left_out: list[str] = []
     late: list[str] = []
@@ -82,13 +87,19 @@ def bench(
                 left_out += [f"{w.op} {b}: {why}" for b, why in passed[key].items() if why]
                 usable = [b for b, why in passed[key].items() if not why]
                 try:
-                    rows += run.time_workload(w, usable, contenders, top, where, seconds=seconds)
+                    new, absent = run.time_workload(
+                        w, usable, contenders, top, where, seconds=seconds
+                    )
+                    rows += new
+                    left_out += [
+                        f"{b}: {why}" for b, why in absent.items() if "its check fails" in why
+                    ]
                 except torch.OutOfMemoryError:
                     left_out.append(f"{w.key}: out of memory")
             if where.type == "cuda":
                 torch.cuda.empty_cache()
             progress.advance(task)
-    console.print(report.table(rows))
+    console.print(report.table(rows, narrow=console.width < 140))
     left_out = sorted(set(left_out))
     if late:
         console.print(f"{len(late)} shapes left out, over the budget of {budget:.0f} s")
@@ -131,7 +142,18 @@ def _chosen(option: str, given: list[str] | None, known: list[str]) -> list[str]
         if name not in known:
             options = ", ".join(known)
             raise typer.BadParameter(f"--{option}: expected one of {options}, got {name!r}")
-    return list(given or known)
+    return list(dict.fromkeys(given or known))
+
+
+def in_turn(workloads: Iterable[Workload]) -> list[Workload]:
+    """The few first, and every op's first before any op's second: a budget may run out."""
+    work, seen = list(workloads), Counter[tuple[str, bool]]()
+    places = []
+    for w in work:
+        places.append((not w.quick, seen[w.op, w.quick]))
+        seen[w.op, w.quick] += 1
+    order = sorted(range(len(work)), key=lambda i: places[i])
+    return [work[i] for i in order]
 
 
 def _room(device: torch.device) -> float:
@@ -139,8 +161,8 @@ def _room(device: torch.device) -> float:
     return 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 3e8
 
 
-def _rates(top: roof.Roof) -> str:
-    return ", ".join(
+def _rates(top: roof.Roof) -> list[str]:
+    return [
         f"{rate / 1e12:.2f} TFLOP/s {str(dtype).removeprefix('torch.')}"
         for dtype, rate in top.flops.items()
-    )
+    ]

@@ -6,10 +6,13 @@
 #   bench     our own figures             peers   the same beside every peer that is installed
 #   tune      configuration tables        all     build check test sanitize bench peers
 #
-# From a bare machine: Python with torch, and no network. Each stage prints a short summary last, leaves
-# one JSON file under $OUT (default: bench/out), keeps its share of BUDGET seconds (default 560, so that
-# one call fits into ten minutes), and says what it left out. bench/collect.py files the results.
+# Needs no network: Python with torch, typer and rich (test: pytest as well; build: setuptools, ninja, nvcc).
+# Each stage prints a short summary last, leaves one JSON file under $OUT (default: bench/out), keeps its
+# share of BUDGET seconds (default 560, so that one call fits into ten minutes), and says what it left out.
+# Also read: PYTHON (python3), DEVICE (cuda), CASES (24, of the check), PYDECODE_COMMIT (where there is no git).
+# bench/collect.py files the results.
 set -uo pipefail
+OUT=${OUT:+$(realpath -m "$OUT")}  # as the caller sees it
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-bench/out}
@@ -18,9 +21,15 @@ PYTHON=${PYTHON:-python3}
 export DEVICE=${DEVICE:-cuda}  # cpu: a rehearsal where there is no GPU
 export PYTHONSAFEPATH=1  # the checkout itself is no installed package
 STAGES=("$@")
-[ ${#STAGES[@]} -gt 0 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+[ ${#STAGES[@]} -gt 0 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 [ "${STAGES[*]}" != all ] || STAGES=(build check test sanitize bench peers)
+for stage in "${STAGES[@]}"; do
+  case $stage in build|check|test|sanitize|bench|peers|tune) ;; *) echo "unknown stage: $stage"; exit 2 ;; esac
+done
 mkdir -p "$OUT"
+# an installed copy does not know its commit
+commit=$(git rev-parse --short=12 HEAD 2>/dev/null) && [ -n "$(git status --porcelain)" ] && commit=$commit+
+export PYDECODE_COMMIT=${PYDECODE_COMMIT:-$commit}
 started=$SECONDS
 failed=()
 
@@ -41,9 +50,19 @@ install() {
   $PYTHON -c 'import pydecode.bench.command' 2>/dev/null && return
   say "installing pydecode (no network, no dependencies)"
   local site=$PWD/bench/out/site
-  $PYTHON -m pip install -q --no-index --no-deps --no-build-isolation --target "$site" . 2>&1 | tail -3
+  $PYTHON -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target "$site" . 2>&1 | tail -12
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-  $PYTHON -c 'import pydecode.bench.command' || { say "pydecode cannot be imported"; exit 1; }
+  $PYTHON -c 'import pydecode.bench.command' || { say "pydecode cannot be imported: see the last line above"; exit 1; }
+}
+
+# A stage's JSON: its facts, and the machine that they hold for.
+result() {
+  $PYTHON - "$OUT/$1.json" "$2" <<'PY'
+import json, os, sys
+from pydecode.check.report import machine
+facts = dict(json.loads(sys.argv[2]), machine=machine(os.environ["DEVICE"]))
+open(sys.argv[1], "w").write(json.dumps(facts) + "\n")
+PY
 }
 
 machine() {
@@ -58,13 +77,14 @@ PY
 stage_build() {
   local sources
   sources=$(ls csrc/*.cu 2>/dev/null | wc -l)
-  printf '{"kind": "build", "sources": %d}\n' "$sources" >"$OUT/build.json"
+  result build "{\"kind\": \"build\", \"sources\": $sources}"
   [ "$sources" = 0 ] && { say "no CUDA sources in csrc/ yet: nothing to build"; return 0; }
   timeout "$1" $PYTHON setup.py build_ext --inplace 2>&1 | tail -20
 }
 
 stage_check() {
-  timeout "$1" $PYTHON -m pydecode.cli check --device $DEVICE --cases "${CASES:-24}" --json "$OUT/check.json" | tail -40
+  timeout "$1" $PYTHON -m pydecode.cli check --device $DEVICE --cases "${CASES:-24}" \
+    --budget $(($1 * 4 / 5)) --json "$OUT/check.json" | tail -60
 }
 
 stage_test() {
@@ -83,8 +103,11 @@ result = {k: int(suite[k]) for k in ("tests", "failures", "errors", "skipped")}
 (out / "test.json").write_text(json.dumps(dict(kind="test", machine=machine(os.environ["DEVICE"]), **result)) + "\n")
 (out / "test.xml").unlink()
 print(result)
+if result["tests"] == result["skipped"] and os.environ["DEVICE"] != "cpu":
+    sys.exit("no test ran")
 PY
-  return "$status"
+  local said=$?
+  return $((status ? status : said))
 }
 
 stage_sanitize() {
@@ -93,17 +116,17 @@ stage_sanitize() {
   for tool in memcheck racecheck initcheck synccheck; do
     # without the caching allocator, so that a read past a tensor is a read past an allocation
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$each" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      $PYTHON -m pydecode.cli check --device $DEVICE --cases 1 --seed 1 --dtype float16 >"$OUT/$tool.txt" 2>&1
+      $PYTHON -m pydecode.cli check --device $DEVICE --cases 1 --seed 1 --dtype float16 --budget $((each * 3 / 5)) >"$OUT/$tool.txt" 2>&1
     local code=$?
     case $code in
-      0) say "$tool: clean" ;;
+      0) say "$tool: clean; $(grep -h 'rows left out' "$OUT/$tool.txt" || echo 'every op')" ;;
       124) say "$tool: left out, over $each s" ;;
       *) say "$tool: FAILED ($code)"; grep -m5 '=====' "$OUT/$tool.txt"; status=1 ;;
     esac
     verdicts="$verdicts${verdicts:+, }\"$tool\": $code"
     [ $code = 0 ] && rm -f "$OUT/$tool.txt"
   done
-  printf '{"kind": "sanitize", "exit": {%s}}\n' "$verdicts" >"$OUT/sanitize.json"
+  result sanitize "{\"kind\": \"sanitize\", \"exit\": {$verdicts}}"
   return $status
 }
 
@@ -123,10 +146,7 @@ install
 machine
 waiting=("${STAGES[@]}")
 for stage in "${STAGES[@]}"; do
-  if ! declare -F "stage_$stage" >/dev/null; then
-    say "unknown stage: $stage"
-    failed+=("$stage")
-  elif [ "$(left)" -lt 15 ]; then
+  if [ "$(left)" -lt 15 ]; then
     say "== $stage: left out, no time"
     failed+=("$stage")
   else

@@ -5,29 +5,23 @@ from typing import Any
 
 import matplotlib
 
+from .families import FAMILIES
 from .run import Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-FAMILIES = {
-    "attention": ("tree_attention", "block_attention", "branch_attention", "ranked_attention"),
-    "verification": ("rejection_sample", "rejection_sample_tree", "verify_greedy"),
-    "diffusion": ("unmask", "sample_and_score"),
-    "cache": ("merge_states", "commit_kv", "write_kv"),
-}
 
 
 def save_all(folder: Path, run: dict[str, Any]) -> list[Path]:
     """All pictures of a run into a folder; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for family, ops in FAMILIES.items():
+    for family, ops in FAMILIES:
         rows = [row for row in run["rows"] if row.op in ops]
         if rows:
             files += [
-                roofline(folder / f"roofline_{family}.png", family, rows, run),
-                ratios(folder / f"peers_{family}.png", family, rows, run),
+                roofline(folder / f"roofline_{family.lower()}.png", family, rows, run),
+                ratios(folder / f"peers_{family.lower()}.png", family, rows, run),
             ]
     return files
 

@@ -15,8 +15,22 @@ from .run import Row
 from .timing import Spread
 
 
-def table(rows: Iterable[Row]) -> Table:
+def table(rows: Iterable[Row], *, narrow: bool = False) -> Table:
+    """One line a row; ``narrow`` has fewer columns, not fewer digits (the rest is in the JSON)."""
     result = Table(title="bench", title_justify="left")
+    if narrow:
+        result.add_column("call", overflow="fold")
+        for name in ("us", "of roof"):
+            result.add_column(name, justify="right", no_wrap=True)
+        result.add_column("peers: times longer than ours", overflow="fold")
+        for row in rows:
+            result.add_row(
+                f"{row.key}",
+                f"{row.us.median:.1f}",
+                f"{row.share_of_roof:.1%}",
+                "\n".join(f"{name} {ratio.median:.2f}" for name, ratio in row.ratios.items()),
+            )
+        return result
     for name in ("op", "shape", "dtype", "backend"):
         result.add_column(name, overflow="fold")
     for name in ("us", "p20..p80", "GB/s", "TFLOP/s", "of roof", "launches", "host us"):

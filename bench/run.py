@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import torch
 
 import pydecode
 from pydecode import BackendUnavailable
-from pydecode.check.run import check, public
+from pydecode.check.draw import Case
+from pydecode.check.run import check, check_case, public
 
 from . import timing
 from .peers import Peer, Unsupported
@@ -60,7 +62,9 @@ def backends_that_pass(
     """Each backend with "" or why it is not timed: it is not here, or its check fails."""
     result = {}
     for name in names:
-        done = check(workload.op, name, workload.dtype, device.type, seed=1, cases=4)
+        dtype = workload.dtype if workload.dtype.is_floating_point else None
+        seed = random.SystemRandom().randrange(2**31)
+        done = check(workload.op, name, dtype, device.type, seed=seed, cases=4)
         if done.skipped:
             result[name] = done.skipped
         else:
@@ -76,8 +80,8 @@ def time_workload(
     device: torch.device,
     *,
     seconds: float,
-) -> list[Row]:
-    """One row a backend; raises what the inputs raise (out of memory)."""
+) -> tuple[list[Row], dict[str, str]]:
+    """One row a backend, and who did not run and why; raises what the inputs raise (memory)."""
     one_set = workload.make(device)
     sets = timing.sets_of_inputs(size_of(one_set), device)
     inputs = [one_set, *(workload.make(device) for _ in range(sets - 1))]
@@ -91,9 +95,14 @@ def time_workload(
     for name in backends:
         try:
             ours(name)(0)
-            contenders[name] = ours(name)
         except BackendUnavailable as reason:
             absent[name] = str(reason)
+            continue
+        wrong = wrong_here(workload, name, one_set)
+        if wrong:
+            absent[name] = wrong
+        else:
+            contenders[name] = ours(name)
     timed = list(contenders)
     for peer in peers:
         if workload.op in peer.ops:
@@ -103,7 +112,7 @@ def time_workload(
             else:
                 contenders[peer.name] = call
     if not timed:
-        return []
+        return [], absent
     took = timing.race(contenders, sets=sets, device=device, seconds=seconds)
     rows = []
     for name in timed:
@@ -125,7 +134,18 @@ def time_workload(
                 sorted(took.eager) if device.type == "cuda" else [],
             )
         )
-    return rows
+    return rows, absent
+
+
+LARGEST_CHECKED = 2**27  # bytes: in fp64 that is four times as much, and scores beside it
+
+
+def wrong_here(workload: Workload, backend: str, inputs: Inputs) -> str:
+    """ "" or what is wrong at the very shape that is timed; the reference is its own judge."""
+    if backend == "reference" or workload.bytes > LARGEST_CHECKED:
+        return ""
+    _, _, wrong = check_case(workload.op, backend, Case(*inputs, workload.label))
+    return wrong and f"its check fails at {workload.label}: {wrong}"
 
 
 def prepared(peer: Peer, workload: Workload, inputs: list[Inputs]) -> timing.Call | str:

@@ -184,7 +184,8 @@ def main() -> None:
     options = parser.parse_args()
     known = tunable()
     if unknown := set(options.op) - set(known):
-        parser.error(f"op: expected some of {', '.join(known) or 'none yet'}, got {unknown.pop()}")
+        some = f"some of {', '.join(known)}" if known else "none: no kernel has a table yet"
+        parser.error(f"op: expected {some}, got {unknown.pop()}")
     if not known:
         print("no kernel has a configuration table yet: nothing to tune")
         return

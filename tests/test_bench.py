@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: peers compute the same, and noise is told from news."""
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from pydecode.bench import block_attention as block
+from pydecode.bench import branch_attention as branch
+from pydecode.bench import commit_kv, write_kv
 from pydecode.bench import merge_states as merge
 from pydecode.bench import peers, report, run, timing
 from pydecode.bench import ranked_attention as ranked
@@ -21,7 +24,7 @@ from pydecode.bench.timing import Spread
 from pydecode.bench.workload import Workload
 from typer.testing import CliRunner
 
-from pydecode.check.run import public
+from pydecode.check.run import MUTATED, public
 from pydecode.cli import app
 
 CPU = torch.device("cpu")
@@ -32,6 +35,9 @@ TINY = [
     ranked.workload("causal", 2, 64, 4, 2, F32),
     ranked.workload("block_causal", 2, 64, 4, 2, F32),
     ranked.workload("bidirectional", 1, 64, 4, 2, F32),
+    branch.workload(2, 3, 4, 20, 4, 2, F32),
+    commit_kv.workload(2, 3, 2, F32),
+    write_kv.workload(2, 5, F32),
     merge.workload(2, 2, 5, 4, 16, F32),
     unmasking.workload(2, 100, F32),
     *(sample.workload(kind, 4, 100, F32) for kind in sample.KINDS),
@@ -53,14 +59,21 @@ def test_peers_compute_the_same_thing(workload: Workload, peer: peers.Peer) -> N
     if peer.missing:
         pytest.skip(peer.missing)
     args, kwargs = workload.make(CPU)
+    before = copy.deepcopy((args, kwargs))
     ours = public(workload.op)(*args, **kwargs)
+    if workload.op in MUTATED:  # what it left in the caches is what is held against theirs
+        args, kwargs, left = *before, args
     try:
         theirs: Any = peer.ops[workload.op](*args, **kwargs)()
     except peers.Unsupported as reason:
         pytest.skip(str(reason))
     close = dict(rtol=1e-4, atol=1e-5)
+    if workload.op in MUTATED:
+        for i in MUTATED[workload.op]:
+            torch.testing.assert_close(args[i], left[i], **close)
+        return
     if workload.op.endswith("attention"):
-        same = torch.allclose(theirs.transpose(1, 2), ours, **close)
+        same = torch.allclose(theirs.transpose(-3, -2), ours, **close)
         assert same is ((workload.op, peer.name) not in FLOORS)
     elif workload.op == "merge_states":
         torch.testing.assert_close(theirs, tuple(ours), **close)
@@ -120,6 +133,13 @@ def test_a_race_is_interleaved_and_paired() -> None:
     assert 1.2 < took.ratio("b", "a").median < 4
 
 
+def test_a_budget_has_something_of_every_op() -> None:
+    from pydecode.bench.command import in_turn
+
+    names = [w.op for w in in_turn(run.workloads(run.ops(), quick=False))]
+    assert set(names[: len(run.ops())]) == set(run.ops())
+
+
 def test_spread() -> None:
     spread = Spread.of([float(x) for x in range(1, 102)])
     assert spread == Spread(51.0, 21.0, 81.0)
@@ -130,7 +150,7 @@ def rows(monkeypatch: pytest.MonkeyPatch | None = None) -> list[run.Row]:
     top = Roof(1e9, {F32: 1e9})
     here = [p for p in peers.peers() if p.name in ("eager", "FlashInfer")]
     names = ["reference", "cuda"]
-    return run.time_workload(TINY[0], names, here, top, CPU, seconds=0.01)
+    return run.time_workload(TINY[0], names, here, top, CPU, seconds=0.01)[0]
 
 
 def test_a_row() -> None:
@@ -150,8 +170,28 @@ def test_a_peer_that_fails_does_not_end_the_run() -> None:
         raise RuntimeError("boom")
 
     peer = peers.Peer("broken", "", {"tree_attention": broken})
-    (row,) = run.time_workload(TINY[0], ["reference"], [peer], Roof(1e9, {}), CPU, seconds=0.01)
-    assert row.absent == {"broken": "RuntimeError: boom"}
+    top = Roof(1e9, {})
+    (row,), absent = run.time_workload(TINY[0], ["reference"], [peer], top, CPU, seconds=0.01)
+    assert row.absent == absent == {"broken": "RuntimeError: boom"}
+
+
+def test_a_backend_that_is_wrong_at_the_timed_shape_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    function = public("tree_attention")
+
+    def made_up(*args: Any, backend: str, **kwargs: Any) -> Any:
+        return function(*args, backend="reference", **kwargs)
+
+    def check_case(op: str, backend: str, case: Any) -> Any:
+        assert case.label == TINY[0].label
+        return 3.0, 0, "error 3 times the bound"
+
+    monkeypatch.setattr(run, "public", lambda op: made_up)
+    monkeypatch.setattr(run, "check_case", check_case)
+    rows, absent = run.time_workload(TINY[0], ["triton"], [], Roof(1e9, {}), CPU, seconds=0.01)
+    assert rows == []
+    assert "its check fails at" in absent["triton"]
 
 
 def test_an_op_whose_check_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +239,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {p.name for p in pictures.iterdir()} == {"roofline_cache.png", "peers_cache.png"}
     done = CliRunner().invoke(app, ["bench", "--op", "nonsense"])
     assert done.exit_code == 2
+    for wrong in (["--device", "tpu"], ["--json", str(tmp_path / "no" / "x.json")]):
+        assert CliRunner().invoke(app, [*arguments, *wrong]).exit_code == 2
     done = CliRunner().invoke(app, [*arguments[:5], "--max-gb", "0"])
     assert done.exit_code == 1  # nothing was timed, and it says why
     assert "not timed" in done.output

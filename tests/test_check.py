@@ -18,7 +18,11 @@ Fault = Callable[..., Any]
 
 
 def outcome(
-    monkeypatch: pytest.MonkeyPatch, op: str, fault: Fault, dtype: torch.dtype = torch.float32
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    fault: Fault,
+    dtype: torch.dtype = torch.float32,
+    cases: int = 12,
 ) -> run.Outcome:
     """Checks a backend "made up" of an op: ``fault(the public function, args, kwargs)``."""
     original = run.public(op)
@@ -29,7 +33,7 @@ def outcome(
         return original(*args, backend=backend, **kwargs)
 
     monkeypatch.setattr(run, "public", lambda _: made_up)
-    return run.check(op, "made up", dtype, "cpu", seed=5, cases=12)
+    return run.check(op, "made up", dtype, "cpu", seed=5, cases=cases)
 
 
 def right(function: Any, args: Any, kwargs: Any) -> Any:
@@ -114,6 +118,75 @@ def changes_an_input(function: Any, args: Any, kwargs: Any) -> Any:
 )
 def test_faults_of_attention(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     assert not outcome(monkeypatch, "tree_attention", fault).ok
+
+
+def last_key_lost(function: Any, args: Any, kwargs: Any) -> Any:
+    return function(*args, **dict(kwargs, cache_seqlens=(kwargs["cache_seqlens"] - 1).clamp(min=0)))
+
+
+def whole_last_tile_lost(function: Any, args: Any, kwargs: Any) -> Any:
+    n = kwargs["cache_seqlens"]
+    return function(*args, **dict(kwargs, cache_seqlens=n - 64 * ((n > 0) & (n % 64 == 0))))
+
+
+def wrong_row_64(function: Any, args: Any, kwargs: Any) -> Any:
+    out, lse = function(*args, **kwargs)
+    if out.dim() == 4 and out.shape[1] > 64:
+        out[:, 64] = out[:, 0].clone()
+    return out, lse
+
+
+def wrong_in_groups_of_seven(function: Any, args: Any, kwargs: Any) -> Any:
+    out, lse = function(*args, **kwargs)
+    if args[0].shape[-2] == 7 * args[1].shape[-2]:
+        out.copy_(out.flip(-2))
+    return out, lse
+
+
+def other_in_a_batch(function: Any, args: Any, kwargs: Any) -> Any:
+    fault = noisy(2e-3) if args[0].dim() == 4 and args[0].shape[0] > 1 else right
+    return fault(function, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [last_key_lost, whole_last_tile_lost, wrong_row_64, wrong_in_groups_of_seven, other_in_a_batch],
+)
+def test_faults_of_16_bit_kernels(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    done = outcome(monkeypatch, "tree_attention", fault, torch.bfloat16, cases=24)
+    assert not done.ok
+    assert fault is not other_in_a_batch or "other bits alone" in done.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        *(("rejection_sample", name) for name in ("allowed", "uniforms", "draft_temperature")),
+        *(("rejection_sample_tree", name) for name in ("allowed", "uniforms")),
+        *(("sample_and_score", name) for name in ("allowed", "filter_order", "positions")),
+        *(("unmask", name) for name in ("allowed", "bias_ids")),
+        *(("verify_greedy", name) for name in ("allowed", "num_drafts", "first_match")),
+        ("ranked_attention", "num_tokens"),
+        ("tree_attention", "positions"),
+        ("block_attention", "cache_starts"),
+    ],
+)
+def test_an_argument_that_is_not_read(monkeypatch: pytest.MonkeyPatch, op: str, name: str) -> None:
+    def fault(function: Any, args: Any, kwargs: Any) -> Any:
+        gone = {name, "bias"} if name == "bias_ids" else {name}
+        return function(*args, **{k: v for k, v in kwargs.items() if k not in gone})
+
+    assert not outcome(monkeypatch, op, fault, cases=72).ok  # three dtypes of a user's run
+
+
+@pytest.mark.parametrize("op", ["rejection_sample", "rejection_sample_tree", "verify_greedy"])
+def test_a_missing_row_that_is_read(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    def fault(function: Any, args: Any, kwargs: Any) -> Any:
+        if "row_index" in kwargs:
+            kwargs = dict(kwargs, row_index=kwargs["row_index"].clamp(min=0))
+        return function(*args, **kwargs)
+
+    assert not outcome(monkeypatch, op, fault, cases=72).ok
 
 
 def test_a_16_bit_backend_may_err_as_the_plain_formula_does(
@@ -220,6 +293,14 @@ def test_command_line(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FAILED" in done.output
     done = CliRunner().invoke(app, [*arguments, "--backend", "cuda"])
     assert done.exit_code == 1
+    done = CliRunner().invoke(app, ["check", "--op", "merge_states", "--budget", "0"])
+    assert done.exit_code == 1
+    assert "left out, over the budget" in done.output
+    for wrong in (["--json", str(tmp_path / "no" / "x.json")], ["--device", "cuda:99"]):
+        done = CliRunner().invoke(app, [*arguments, *wrong])
+        assert done.exit_code == 2  # before anything ran
+    done = CliRunner().invoke(app, ["check", "--op", "commit", "--dtype", "float16"])
+    assert "commit has float32" in " ".join(done.output.replace("│", " ").split())
     done = CliRunner().invoke(app, ["check", "--op", "tree_atention"])
     assert done.exit_code == 2
     assert "tree_atention" in done.output

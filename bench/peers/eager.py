@@ -32,6 +32,19 @@ def over_cache(*args: Any, **kwargs: Any) -> Callable[[], object]:
     return lambda: attention(q, k, v, visible)
 
 
+def branches(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, **kwargs: Any
+) -> Callable[[], object]:
+    """The context is copied for every branch beforehand, as batch expansion does."""
+    B, K = q.shape[:2]
+    keys, values = (
+        torch.cat([c[:, None].expand(-1, K, -1, -1, -1), rows], 2).flatten(0, 1).transpose(1, 2)
+        for c, rows in ((k_cache, k), (v_cache, v))
+    )
+    q, keys, values = q.flatten(0, 1).transpose(1, 2), keys.contiguous(), values.contiguous()
+    return lambda: attention(q, keys, values, None).transpose(1, 2).unflatten(0, (B, K))
+
+
 def ranked(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Callable[[], object]:
     """The dense mask is made beforehand."""
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
@@ -95,21 +108,66 @@ def reject_tokens(target: Tensor, tokens: Tensor, draft: Tensor) -> tuple[Tensor
 
 
 def greedy_tree(tokens: Tensor, target: Tensor, **kwargs: Any) -> Callable[[], object]:
-    """The argmax of all rows, then which nodes are right all the way up."""
-    parents = kwargs["parents"]
+    """The argmax of all rows, then which nodes are right all the way up; no path, no last token."""
+    parents, T = kwargs["parents"], tokens.shape[1]
 
     def call() -> Tensor:
         best = target.argmax(-1)
         right = best.gather(1, parents.clamp(min=0)) == tokens
         right[:, 0] = True
-        for _ in range(8):
-            right = right & right.gather(1, parents.clamp(min=0))
+        up = parents.clamp(min=0)
+        for _ in range(T.bit_length()):  # twice as far up each time
+            right, up = right & right.gather(1, up), up.gather(1, up)
         return right
 
     return call
 
 
+def commit_kv(
+    k_caches: Tensor, v_caches: Tensor, path: Tensor, num_accepted: Tensor, **kwargs: Any
+) -> Callable[[], object]:
+    """An indexed copy a layer; which slots move where is worked out beforehand."""
+    table, page = kwargs["block_table"].long(), k_caches.shape[2]
+    n = int(num_accepted[0])
+    start = kwargs["cache_seqlens"].long()[:, None]
+
+    def slots(at: Tensor) -> tuple[Tensor, Tensor]:
+        return table.gather(1, at // page), at % page
+
+    source = slots(start + path[:, : n + 1].long())
+    target = slots(start + torch.arange(n + 1, device=path.device))
+
+    def call() -> None:
+        for caches in (k_caches, v_caches):
+            for cache in caches:
+                cache[target] = cache[source]
+
+    return call
+
+
+def write_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, **kwargs: Any
+) -> Callable[[], object]:
+    """RoPE in fp32, then an indexed store; slots are worked out beforehand."""
+    table, at, page = kwargs["block_table"].long(), kwargs["positions"], k_cache.shape[1]
+    slots = (table.gather(1, at // page), at % page)
+    cos, sin, q = kwargs["cos"][:, :, None], kwargs["sin"][:, :, None], kwargs["q"]
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+    def call() -> Tensor:
+        k_cache[slots], v_cache[slots] = rotate(k), v
+        return rotate(q)
+
+    return call
+
+
 OPS: dict[str, Prepare] = {
+    "branch_attention": branches,
+    "commit_kv": commit_kv,
+    "write_kv": write_kv,
     "tree_attention": over_cache,
     "block_attention": over_cache,
     "ranked_attention": ranked,

@@ -1,6 +1,7 @@
 """FlashInfer: paged prefill with a custom mask over the whole prefix, merging, chain speculative
 sampling and its samplers. ``plan()``, which synchronises, is not timed, nor is making the mask."""
 
+import functools
 from collections.abc import Callable
 from importlib import util
 from typing import Any
@@ -18,6 +19,12 @@ def missing() -> str:
     if util.find_spec("flashinfer") is None:
         return "flashinfer is not installed"
     return "" if torch.cuda.is_available() else "it needs a CUDA device"
+
+
+@functools.cache
+def _workspace(device: torch.device) -> Tensor:
+    """One for all plans, as engines do: calls follow each other on one stream."""
+    return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
 
 
 def tree(
@@ -45,9 +52,7 @@ def tree(
     mask = dense.mask((q, k_cache, v_cache, k, v), kwargs)
     if mask is None:
         raise Unsupported("nothing is masked")
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-        torch.empty(WORKSPACE, dtype=torch.uint8, device=q.device), "NHD"
-    )
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(q.device), "NHD")
     wrapper.plan(
         *(count * N, count * need, table.flatten().int(), last, Hq, Hkv, D, page),
         custom_mask=mask.expand(B, 1, N, total).flatten(),
@@ -93,7 +98,7 @@ def sample(logits: Tensor, **kwargs: Any) -> Callable[[], object]:
     if "top_k" in kwargs:
         k, p = kwargs["top_k"], kwargs["top_p"]
         sampler = flashinfer.sampling.top_k_top_p_sampling_from_logits
-        return lambda: sampler(logits.float() / temperature, k, p)
+        return lambda: sampler(logits.float().div_(temperature), k, p)
     return lambda: flashinfer.sampling.sampling_from_logits(logits / temperature)
 
 

@@ -93,10 +93,12 @@ def expectation(call: StaticCall, made: Specialised, target: Target) -> Any:
 
 def all_aligned(made: Specialised) -> bool:
     """Whether nothing is odd: every pointer, and every integer called a stride, divides by 16."""
-    for i, (name, kind) in enumerate(made.signature.items()):
-        counts = kind.startswith("*") or ("stride" in name and kind.startswith("i"))
-        if counts and not made.attributes.get((i,)):
-            return False
+    for i, (name, kinds) in enumerate(made.signature.items()):
+        several = isinstance(kinds, tuple)
+        for j, kind in enumerate(kinds if several else (kinds,)):
+            counts = kind.startswith("*") or ("stride" in name and kind.startswith("i"))
+            if counts and not made.attributes.get((i, j) if several else (i,)):
+                return False
     return True
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import ranks, trees
+from ..reference.attention import unpack_mask
+from ..trees.masks import pack_bits
 from .draw import Case, Draw
 
 
@@ -18,6 +20,8 @@ def _heads(d: Draw) -> tuple[int, int, int, int]:
 
 def _lengths(d: Draw, B: int) -> list[int]:
     longest = d.choice([0, 5, 100, 300, 3000 if d.big else 300])
+    if d.chance(0.3):  # whole pages and tiles, or one more or less
+        return [max(64 * d.integer(0, longest // 64 + 1) + d.integer(-1, 1), 0) for _ in range(B)]
     return [d.integer(0, longest) for _ in range(B)]
 
 
@@ -59,7 +63,47 @@ def _rows(d: Draw, *shape: int) -> Tensor:
     return d.strided(d.normal(*shape))
 
 
+def _packed(d: Draw, kind: str, longest: int) -> Case:
+    """A packed batch of trees ("tree"), or of blocks ("block"): ragged rows behind cu_seqlens_q."""
+    B = d.integer(1, 4)
+    sizes = [d.integer(0, longest) for _ in range(B)]
+    total, widest = sum(sizes), max([*sizes, 1]) + d.integer(0, 3)
+    Hq, Hkv, D, Dv = _heads(d)
+    lengths, fp8, inside = _lengths(d, B), _fp8(d), d.chance(0.4)
+    held = [n + rows if inside else n for n, rows in zip(lengths, sizes)]
+    (k_cache, v_cache), table = d.cache(held, Hkv, (D, Dv), fp8 or d.dtype)
+    kwargs = _options(d, B, Hq, Hkv, scaled=fp8 is not None)
+    cu = torch.tensor([sum(sizes[:i]) for i in range(B + 1)], device=d.device)
+    kwargs.update(cu_seqlens_q=cu.to(d.choice([torch.int32, torch.int64])), max_seqlen_q=widest)
+    kwargs["cache_seqlens"] = torch.tensor(lengths, device=d.device)
+    kwargs["block_table"] = table
+    masked = d.chance(0.7)
+    if masked:
+        mask = d.bools(0.5, total, widest)
+        for b, n in enumerate(sizes):
+            if kind == "tree" and n:
+                local = unpack_mask(trees.mask_from_parents(d.tree(n)[None]), n)[0]
+                mask[int(cu[b]) : int(cu[b]) + n, :n] = local
+        kwargs["mask"] = pack_bits(mask) if d.chance(0.5) else mask
+    elif kind == "tree":
+        kwargs["mask"] = "causal"
+    else:
+        kwargs["causal"] = d.bools(0.5, B)
+    if d.chance(0.3):
+        kwargs["window_size"] = d.integer(1, 50)
+        if d.chance(0.5):
+            kwargs["positions"] = d.integers(0, 300, total)
+    k = v = None
+    if not inside:
+        k, v = _rows(d, total, Hkv, D), _rows(d, total, Hkv, Dv)
+    label = _label(packed=sizes, Hq=Hq, Hkv=Hkv, D=D, Dv=Dv, context=lengths, mask=masked)
+    label += _cache_label(dict(table=table, k=k_cache, fp8=fp8, inside=inside))
+    return Case((_rows(d, total, Hq, D), k_cache, v_cache, k, v), kwargs, label)
+
+
 def tree_attention(d: Draw) -> Case:
+    if d.chance(0.2):
+        return _packed(d, "tree", 65)
     B, N = d.integer(1, 4), d.choice([1, 2, 7, 33, 64, 65])
     Hq, Hkv, D, Dv = _heads(d)
     c = _context(d, B, N, Hkv, (D, Dv))
@@ -78,6 +122,8 @@ def tree_attention(d: Draw) -> Case:
         kwargs["num_tokens"] = d.integers(0, N, B)
     if d.chance(0.3):
         kwargs["window_size"] = d.integer(1, 50)
+        if d.chance(0.5):
+            kwargs["positions"] = d.integers(0, 300, B, N)
     k = v = None
     if not c["inside"]:
         k, v = _rows(d, B, N, Hkv, D), _rows(d, B, N, Hkv, Dv)
@@ -92,6 +138,8 @@ def _cache_label(c: dict[str, Any]) -> str:
 
 
 def block_attention(d: Draw) -> Case:
+    if d.chance(0.2):
+        return _packed(d, "block", 33)
     B, L = d.integer(1, 4), d.choice([1, 4, 8, 32, 65])
     Hq, Hkv, D, Dv = _heads(d)
     c = _context(d, B, L, Hkv, (D, Dv))
@@ -112,6 +160,8 @@ def block_attention(d: Draw) -> Case:
         kwargs["mask"] = d.bools(0.5, B, L, L)
     if d.chance(0.3):
         kwargs["window_size"] = d.integer(1, 50)
+        if d.chance(0.5):
+            kwargs["positions"] = d.integers(0, 300, B, L)
     if d.chance(0.3):
         kwargs["num_tokens"] = d.integers(0, L, B)
     k = v = None
@@ -134,17 +184,51 @@ def branch_attention(d: Draw) -> Case:
     if d.chance(0.4):
         kwargs["num_branches"] = d.integers(0, K, B)
     if d.chance(0.3):
+        kwargs["num_tokens"] = d.integers(0, L, B)
+    if d.chance(0.3):
+        kwargs["cache_starts"] = d.integers(0, 8, B)
+    if d.chance(0.3):
         kwargs["window_size"] = d.integer(1, 50)
     if d.chance(0.3):
         at = [d.integer(-1, max(n - 1, 0)) for n in lengths]
         kwargs["replace_at"] = torch.tensor(at, device=d.device)
     label = _label(B=B, K=K, L=L, Hq=Hq, Hkv=Hkv, D=D, Dv=Dv, context=lengths)
+    label += _cache_label(dict(table=table, k=k_cache, fp8=fp8, inside=False))
     q = _rows(d, B, K, L, Hq, D)
     fresh = (_rows(d, B, K, L, Hkv, D), _rows(d, B, K, L, Hkv, Dv))
     return Case((q, k_cache, v_cache, *fresh), kwargs, label)
 
 
+def _masked(d: Draw) -> Case:
+    """A mask of any queries by any keys, with ranks or without."""
+    Hq, Hkv, D, Dv = _heads(d)
+    B, Nq, Nk = d.integer(1, 3), d.choice([1, 17, 64, 65]), d.choice([1, 63, 64, 65, 200])
+    lengths, fp8 = [d.integer(0, Nk) for _ in range(B)], _fp8(d)
+    lengths[0] = Nk
+    (k, v), table = d.cache(lengths, Hkv, (D, Dv), fp8 or d.dtype)
+    wide = Nk if table is not None else k.shape[1]  # dense: a column for every slot
+    kwargs = _options(d, B, Hq, Hkv, scaled=fp8 is not None)
+    mask = d.bools(0.5, d.choice([1, B]), Nq, wide)
+    ranked = d.chance(0.5)
+    if ranked:
+        kwargs["q_rank"] = d.integers(-3, 9, B, Nq, dtype=torch.int32)
+        kwargs["k_rank"] = d.integers(-3, 9, d.choice([1, B]), wide, dtype=torch.int32)
+        kwargs["strict"] = d.chance(0.3)
+    # without ranks, packed bits are as wide as the table
+    packed = d.chance(0.5) and (ranked or table is None)
+    kwargs.update(mask=pack_bits(mask) if packed else mask, block_table=table)
+    kwargs["cache_seqlens"] = torch.tensor(lengths, device=d.device)
+    if d.chance(0.3):
+        kwargs["num_tokens"] = d.integers(0, Nq, B)
+    label = _label(B=B, Nq=Nq, keys=lengths, Hq=Hq, Hkv=Hkv, D=D, Dv=Dv, ranks=ranked)
+    label += " bits" if packed else " bools"
+    label += _cache_label(dict(table=table, k=k, fp8=fp8, inside=False))
+    return Case((_rows(d, B, Nq, Hq, D), k, v), kwargs, label)
+
+
 def ranked_attention(d: Draw) -> Case:
+    if d.chance(0.25):
+        return _masked(d)
     Hq, Hkv, D, Dv = _heads(d)
     kind = d.choice(["causal", "block", "bidirectional", "random"])
     strict = d.chance(0.2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import sample_and_score as sample
+from ..trees.masks import pack_bits
 from .draw import Case, Draw
 
 TREE_RULES = (
@@ -68,6 +69,43 @@ def _filters(d: Draw, B: int) -> dict[str, Any]:
     return kwargs
 
 
+def _allowed(d: Draw, *rows: int, V: int) -> dict[str, Any]:
+    """A grammar's bits, int32 [..., ceil(V/32)]; now and then a row that allows nothing."""
+    if not d.chance(0.25):
+        return {}
+    bits = d.bools(0.7, *rows, V) & ~d.bools(0.02, *rows, 1)
+    words = pack_bits(bits).view(torch.int32)[..., : -(-V // 32)]  # little end first
+    return dict(allowed=words.contiguous())
+
+
+def _uniforms(d: Draw, *shape: int, residual: bool = False) -> dict[str, Any]:
+    """Draws in place of the seeded ones; 0 and what counts as 1 among them.
+
+    ``residual``: the last column draws from differences, whose zeros are zeros but for rounding.
+    """
+    if not d.chance(0.2):
+        return {}
+    u = d.uniform(*shape)
+    at = d.integers(0, 19, *shape)
+    u = u.masked_fill(at == 0, 0.0).masked_fill(at == 1, torch.nan).masked_fill(at == 2, -1.0)
+    if residual:
+        u[..., -1] = u[..., -1].clamp(min=0.01)
+    return dict(uniforms=u.to(d.choice([torch.float32, torch.float64])))
+
+
+def _no_row(d: Draw, index: Tensor) -> Tensor:
+    """Some rows are none."""
+    return index.masked_fill(d.bools(0.1, *index.shape), -1) if d.chance(0.4) else index
+
+
+def _scattered(d: Draw, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, R, V] as packed rows in another order, and where each lies."""
+    B, R, V = rows.shape
+    order = torch.randperm(B * R, generator=d.generator).to(d.device)
+    packed = torch.empty_like(rows).view(-1, V).index_copy_(0, order, rows.reshape(-1, V))
+    return packed, order.view(B, R)
+
+
 def _keys(d: Draw, B: int) -> dict[str, Any]:
     return dict(
         seed=d.choice([7, d.integers(0, 2**40, B, dtype=torch.int64)]),
@@ -95,8 +133,11 @@ def rejection_sample(d: Draw) -> Case:
     kwargs = dict(_filters(d, B), **_keys(d, B), return_logprobs=True)
     kwargs["rule"] = d.choice(["token", "block"])
     kwargs["filter_draft"] = d.chance(0.5)
+    kwargs.update(_allowed(d, B, G + 1, V=V), **_uniforms(d, B, G + 1, residual=True))
     if d.chance(0.3):
         kwargs["num_drafts"] = d.integers(0, G, B)
+    if d.chance(0.3):
+        kwargs["draft_temperature"] = d.choice([1.0, d.uniform(B) + 0.5])
     what = _poison(d, target)
     draft: Tensor | None = law
     kind = d.choice(["logits", "probs", "chosen"])
@@ -104,11 +145,21 @@ def rejection_sample(d: Draw) -> Case:
         kwargs["draft_probs"], draft = law.float().softmax(-1).to(law.dtype), None
     elif kind == "chosen":
         draft = None
+    if kind != "chosen" and V > 2 and d.chance(0.3):  # a draft head over a part of the vocabulary
+        vocab = torch.randperm(V, generator=d.generator)[: V // 2].to(d.device)
+        kwargs["draft_vocab"] = vocab.int() if d.chance(0.5) else vocab
+        draft = draft[..., vocab] if draft is not None else None
+        tokens = vocab[_drafted(d, law[..., vocab])]
+        if kind == "probs":
+            kwargs["draft_probs"] = law[..., vocab].float().softmax(-1).to(law.dtype)
+        what += f" Vd={len(vocab)}"
     if d.chance(0.4):  # packed rows
-        order = torch.randperm(B * (G + 1), generator=d.generator).to(d.device)
-        target = torch.empty_like(target).view(-1, V).index_copy_(0, order, target.reshape(-1, V))
-        kwargs["row_index"] = order.view(B, G + 1)
+        target, index = _scattered(d, target)
+        kwargs["row_index"] = _no_row(d, index)
         what += " packed"
+        if draft is not None and G and d.chance(0.5):
+            draft, index = _scattered(d, draft)
+            kwargs["draft_row_index"] = _no_row(d, index)
     label = _label(B=B, G=G, V=V, rule=kwargs["rule"], draft=kind) + what
     return Case((target, tokens, draft), kwargs, label)
 
@@ -132,7 +183,17 @@ def rejection_sample_tree(d: Draw) -> Case:
         kwargs["threshold_acc"] = d.choice([1.0, 0.8])
     elif d.chance(0.8):
         kwargs["draft_logits"] = law
+    kwargs.update(_allowed(d, B, T, V=V), **_uniforms(d, B, T + 1, residual=True))
     what = _poison(d, target)
+    if "draft_logits" in kwargs and V > 2 and d.chance(0.3):
+        vocab = torch.randperm(V, generator=d.generator)[: V // 2].to(d.device)
+        kwargs["draft_vocab"], kwargs["draft_logits"] = vocab, law[..., vocab]
+        tokens = vocab[_drafted(d, kwargs["draft_logits"].gather(1, above[..., : len(vocab)]))]
+        what += f" Vd={len(vocab)}"
+    if d.chance(0.3):
+        target, index = _scattered(d, target)
+        kwargs["row_index"] = _no_row(d, index)
+        what += " packed"
     return Case((target, tokens, parents), kwargs, _label(B=B, T=T, V=V, rule=rule) + what)
 
 
@@ -155,7 +216,15 @@ def verify_greedy(d: Draw) -> Case:
         kwargs["distance"] = 2
     if rule == "typical":
         kwargs["temperature"] = 0.7
+    kwargs.update(_allowed(d, B, T, V=V))
+    kwargs["first_match"] = d.chance(0.3)
+    if d.chance(0.3):
+        kwargs["num_drafts"] = d.integers(0, T - 1, B)
     what = _poison(d, target)
+    if d.chance(0.3):
+        target, index = _scattered(d, target)
+        kwargs["row_index"] = _no_row(d, index)
+        what += " packed"
     label = _label(B=B, T=T, V=V, rule=rule, tree="parents" in kwargs) + what
     return Case((tokens, target), kwargs, label)
 
@@ -201,6 +270,12 @@ def sample_and_score(d: Draw) -> Case:
         kwargs["exclude_ids"] = d.integer(0, V - 1)
     if d.chance(0.3):
         kwargs["bias_ids"], kwargs["bias"] = d.integers(-1, V, B, L, 3), d.normal(B, L, 3)
+    kwargs["filter_order"] = d.choice(["top_k_first", "joint"])
+    kwargs.update(_allowed(d, B, L, V=V))
+    if kwargs["sampler"] == "inverse_cdf":
+        kwargs.update(_uniforms(d, B, L))
+    if d.chance(0.3):
+        kwargs["positions"] = d.integers(0, 9999, B, L)
     what = _poison(d, logits)
     if d.chance(0.3):
         kwargs["row_index"] = d.integers(-1, B * L - 1, B, L)
@@ -232,8 +307,18 @@ def unmask(d: Draw) -> Case:
     mask_id = d.integer(0, V - 1)
     tokens = d.integers(0, V - 1, B, L, dtype=torch.int64)
     tokens = tokens.masked_fill(d.bools(0.7, B, L), mask_id)
-    logits = _logits(d, B, L, V)
     kwargs = dict(_rule(d, B, L), **_filters(d, B), mask_id=mask_id, shift=d.choice([0, 0, 1]))
+    rows = L
+    if "window" in kwargs and d.chance(0.4):  # the window's rows alone, or one row before them
+        rows = kwargs["window"][1] + (kwargs["shift"] if d.chance(0.5) else 0)
+    logits = _logits(d, B, rows, V)
+    kwargs["filter_order"] = d.choice(["top_k_first", "joint"])
+    kwargs["sampler"] = d.choice(["inverse_cdf", "gumbel"])
+    kwargs.update(_allowed(d, B, L, V=V))
+    if kwargs["sampler"] == "inverse_cdf":
+        kwargs.update(_uniforms(d, B, L))
+    if d.chance(0.2):
+        kwargs["bias_ids"], kwargs["bias"] = d.integers(-1, V, B, rows, 3), d.normal(B, rows, 3)
     kwargs["confidence"] = d.choice(["probability", "margin", "neg_entropy"])
     kwargs["seed"], kwargs["offset"] = d.integers(0, 2**40, B, dtype=torch.int64), 3
     what = _poison(d, logits)

@@ -86,6 +86,8 @@ class Draw:
         unmapped pages.
         """
         B, longest = len(lengths), max([*lengths, 1])
+        # the value of a request's last key stands out, so that losing that one key of many shows
+        last = 30.0 if self.chance(0.3) else 1.0
         page_size = self.choice([1, 3, 16, 16, 64])
         if self.chance(0.25):
             capacity = longest + self.integer(0, 20)
@@ -93,6 +95,7 @@ class Draw:
             for pool in pools:
                 for b, n in enumerate(lengths):
                     pool[b, :n] = torch.randn(n, *pool.shape[2:], generator=self.generator)
+                    pool[b, max(n - 1, 0) : n] *= last if pool is pools[-1] else 1.0
             return [self.strided(pool.to(dtype).to(self.device)) for pool in pools], None
         width = -(-longest // page_size) + self.integer(0, 2)
         needed = [-(-n // page_size) for n in lengths]
@@ -105,6 +108,7 @@ class Draw:
             table[b, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
             for pool in pools:
                 rows = torch.randn(n, *pool.shape[2:], generator=self.generator)
+                rows[max(n - 1, 0) :] *= last if pool is pools[-1] else 1.0
                 for i, page in enumerate(mine):
                     part = rows[i * page_size : (i + 1) * page_size]
                     pool[page, : len(part)] = part

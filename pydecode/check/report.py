@@ -1,5 +1,6 @@
 """The table and the JSON of a check, and the machine that it ran on."""
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -52,7 +53,12 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + behind it where files differ from it; None if installed."""
+    """The checkout's commit, with a + behind it where files differ from it; None if installed.
+
+    ``PYDECODE_COMMIT`` says it for an installed copy, as bench/device.sh does.
+    """
+    if said := os.environ.get("PYDECODE_COMMIT"):
+        return said
     root = Path(pydecode.__file__).parents[1]
     if not (root / ".git").exists():
         return None
@@ -69,15 +75,16 @@ def _first_line(command: list[str]) -> str | None:
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None
 
 
-def table(outcomes: Iterable[Outcome], seed: int) -> Table:
-    """One row an op, backend, dtype and device."""
+def table(outcomes: Iterable[Outcome], seed: int, *, narrow: bool = False) -> Table:
+    """One row an op, backend, dtype and device; ``narrow``: without the cases' arguments."""
     result = Table(title=f"check, seed {seed}", title_justify="left")
     for name in ("op", "backend", "dtype", "device"):
-        result.add_column(name)
+        result.add_column(name, overflow="fold")
     result.add_column("cases", justify="right")
-    result.add_column("error / bound", justify="right")
-    result.add_column("verdict")
-    result.add_column("worst case, or what failed", overflow="fold")
+    result.add_column("error / bound", justify="right", overflow="fold")
+    result.add_column("verdict", overflow="fold")
+    if not narrow:
+        result.add_column("worst case, or what failed", overflow="fold")
     for o in outcomes:
         if o.skipped:
             verdict, what = "[yellow]not run[/yellow]", o.skipped
@@ -91,8 +98,17 @@ def table(outcomes: Iterable[Outcome], seed: int) -> Table:
         share = "" if o.skipped else share
         # an error text may hold brackets, which are no markup
         cells = [o.op, o.backend, o.dtype, o.device, str(o.cases), share, verdict]
-        result.add_row(*cells, what.replace("[", r"\["))
+        result.add_row(*cells, *([] if narrow else [what.replace("[", r"\[")]))
     return result
+
+
+def remarks(outcomes: Iterable[Outcome]) -> list[str]:
+    """What a narrow table has no room for: what failed, and what did not run."""
+    return [
+        f"{o.op}, {o.backend}, {o.dtype}, {o.device}: {[*o.failures, o.skipped][0]}"
+        for o in outcomes
+        if o.failures or o.skipped
+    ]
 
 
 def as_json(outcomes: Iterable[Outcome], seed: int, devices: Iterable[str]) -> dict[str, Any]:
