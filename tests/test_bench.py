@@ -10,9 +10,8 @@ import pytest
 import torch
 from pydecode.bench import block_attention as block
 from pydecode.bench import branch_attention as branch
-from pydecode.bench import commit_kv, write_kv
+from pydecode.bench import commit_kv, peers, report, run, timing, write_kv
 from pydecode.bench import merge_states as merge
-from pydecode.bench import peers, report, run, timing
 from pydecode.bench import ranked_attention as ranked
 from pydecode.bench import rejection_sample as reject
 from pydecode.bench import sample_and_score as sample

@@ -42,7 +42,7 @@ def branches(
         for c, rows in ((k_cache, k), (v_cache, v))
     )
     q, keys, values = q.flatten(0, 1).transpose(1, 2), keys.contiguous(), values.contiguous()
-    return lambda: attention(q, keys, values, None).transpose(1, 2).unflatten(0, (B, K))
+    return lambda: attention(q, keys, values, None).unflatten(0, (B, K))
 
 
 def ranked(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Callable[[], object]:
