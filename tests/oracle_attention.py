@@ -389,7 +389,8 @@ def assert_close(got: Tensor, want: Tensor, plain: Tensor | None = None) -> None
     if plain is None or plain.dtype == torch.float64:
         assert error.max() <= 1e-12 * max(size, 1.0), error.max()
         return
-    rounding = torch.finfo(plain.dtype).eps * size
+    # and the accumulation's own noise, where a tiny case has luck (as in check/compare.py)
+    rounding = (torch.finfo(plain.dtype).eps + 4 * torch.finfo(torch.float32).eps) * size
     low = (torch.where(nowhere, 0.0, plain.double()) - exact).abs()
     assert error.max() <= 2 * low.max() + rounding, (error.max(), low.max(), rounding)
     rms, low_rms = error.square().mean().sqrt(), low.square().mean().sqrt()

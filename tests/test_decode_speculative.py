@@ -6,6 +6,7 @@ from scipy import stats
 from tiny_causal import TableModel, TinyCausal
 
 from pydecode.decode.drafters import ModelDrafter, PromptLookup
+from pydecode.decode.prefill import prefill
 from pydecode.decode.speculative import generate
 
 PROMPTS = [[1, 2, 3, 4, 5, 1, 2, 3], [7], [5, 6, 5, 6, 5, 6, 5]]
@@ -22,9 +23,15 @@ def drafters(model: TinyCausal, batch: int) -> dict:
         "the model itself, tree": ModelDrafter(
             model, branching=(2, 2, 1), cache=model.new_cache(batch, 128)
         ),
+        "the model itself, while sure": ModelDrafter(
+            model, branching=(1,) * 8, cache=model.new_cache(batch, 128), min_confidence=0.6
+        ),
         "shared cache": ModelDrafter(model),
         "shared cache, tree": ModelDrafter(model, branching=(3, 1, 1)),
         "another model": ModelDrafter(other, cache=other.new_cache(batch, 128)),
+        "another model, while sure": ModelDrafter(
+            other, cache=other.new_cache(batch, 128), min_confidence=0.5
+        ),
         "another model, tree": ModelDrafter(
             other, branching=(2, 2), cache=other.new_cache(batch, 128)
         ),
@@ -46,7 +53,8 @@ def test_greedy_is_plain_greedy(name: str) -> None:
     assert got.tokens == want
     if name == "the model itself":  # every draft is right: 5 tokens a step, the last step cut
         assert got.steps == 5
-        assert all(a == d for a, d in zip(got.accepted, got.drafted))
+    if name in ("the model itself", "the model itself, while sure"):
+        assert got.accepted == got.drafted
 
 
 @pytest.mark.parametrize("name", ["the model itself", "the model itself, tree", "lookup tree"])
@@ -152,6 +160,53 @@ def test_prompt_lookup_adapts() -> None:
     assert sizes == [10, 3]
 
 
+def test_a_draft_ends_where_the_draft_model_is_unsure() -> None:
+    """Each request's own: through its first token below the threshold, at most four."""
+    model = TinyCausal(7)
+    drafter = ModelDrafter(model, cache=model.new_cache(3, 128), min_confidence=0.6)
+    lengths = []
+    for prompt in PROMPTS:
+        text, sure, n = list(prompt), True, 0
+        while sure and n < 4:
+            law = model.dense(text)[-1].softmax(-1)
+            text.append(int(law.argmax()))
+            sure, n = bool(law.max() >= 0.6), n + 1
+        lengths.append(n)
+    assert len(set(lengths)) > 1
+    last = torch.tensor([p[-1] for p in PROMPTS])
+    for room in ([9, 9, 9], [1, 9, 2]):
+        cache = model.new_cache(3, 128)
+        drafter.start(PROMPTS, cache)
+        draft = drafter.propose(PROMPTS, last, cache, room)
+        assert draft.num_drafts.tolist() == [min(n, r) for n, r in zip(lengths, room)]
+    for prompt, n in zip(PROMPTS, lengths):  # alone, no pass is spent behind its end
+        drafter = ModelDrafter(model, cache=model.new_cache(1, 128), min_confidence=0.6)
+        drafter.start([prompt], cache)
+        draft = drafter.propose([prompt], torch.tensor(prompt[-1:]), cache, [9])
+        assert draft.tokens.shape == (1, n)
+    with pytest.raises(ValueError, match="min_confidence: expected 0 with a tree"):
+        ModelDrafter(model, branching=(2, 1), min_confidence=0.5)
+
+
+@pytest.mark.parametrize("min_confidence", [0.0, 0.6])
+def test_a_draft_cache_holds_what_it_says(min_confidence: float) -> None:
+    """Behind accepted and rejected drafts, cut ones too: the K/V of the text, no token missing."""
+    model, draft = TinyCausal(7), TinyCausal(8)
+    own, fresh = draft.new_cache(1, 128), draft.new_cache(1, 128)
+    for drafting in (model, draft):
+        drafter = ModelDrafter(drafting, cache=own, min_confidence=min_confidence)
+        cache = model.new_cache(1, 128)
+        done = generate(model, PROMPTS[:1], cache=cache, max_new_tokens=24, drafter=drafter)
+        own.lengths[:], fresh.lengths[:] = 0, 0
+        prefill(drafting, [(PROMPTS[0] + done.tokens[0])[: drafter.valid[0]]], fresh, 512)
+        held, want = (
+            torch.stack([c.k, c.v])[:, :, c.block_table[0]].flatten(2, 3) for c in (own, fresh)
+        )
+        torch.testing.assert_close(
+            held[:, :, : drafter.valid[0]], want[:, :, : drafter.valid[0]], rtol=0, atol=1e-4
+        )
+
+
 def test_empty_prompt_is_an_error() -> None:
     model = TinyCausal(0)
     with pytest.raises(ValueError, match="prompts: expected at least one token"):
@@ -165,16 +220,18 @@ SAMPLED = {
     "prompt lookup, trie": (lambda d: PromptLookup(min_ngram=1, candidates=2), None),
     "chain, token rule": (lambda d: drawn(d, (1, 1)), "token"),
     "chain, block rule": (lambda d: drawn(d, (1, 1, 1)), "block"),
+    "chain, while sure": (lambda d: drawn(d, (1, 1, 1), min_confidence=0.4), "block"),
     "tree, recursive": (lambda d: drawn(d, (2, 2)), "recursive"),
     "tree, traversal": (lambda d: drawn(d, (2, 1, 1)), "traversal"),
     "tree, k_seq": (lambda d: drawn(d, (3, 1)), "k_seq"),
 }
 
 
-def drawn(model: TableModel, branching: tuple[int, ...]) -> ModelDrafter:
+def drawn(model: TableModel, branching: tuple[int, ...], **options: float) -> ModelDrafter:
     """Drafts with the seeds of the verification: the streams must not meet."""
     cache = model.new_cache(B, 32)
-    return ModelDrafter(model, branching=branching, cache=cache, temperature=1.0, seed=SEEDS)
+    options = dict(cache=cache, temperature=1.0, seed=SEEDS, **options)
+    return ModelDrafter(model, branching=branching, **options)
 
 
 SEEDS = torch.arange(B)

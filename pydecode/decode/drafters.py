@@ -186,7 +186,9 @@ class ModelDrafter:
     shares the target's cache (skipped layers: Zhang et al., "Draft & verify", ACL 2024), where
     verification overwrites what it wrote. ``branching`` gives the children of every node, level by
     level: (1, 1, 1, 1) is a chain of four. Greedy drafts take the best tokens; with a temperature
-    they are drawn i.i.d. and their law is handed on.
+    they are drawn i.i.d. and their law is handed on. A request's chain ends with its first token
+    below ``min_confidence``, the draft model's own probability of it (which biases nothing: it is
+    known from the draft alone); where that is not 0, the host reads one flag a drafted token.
     """
 
     def __init__(
@@ -195,11 +197,15 @@ class ModelDrafter:
         *,
         branching: Sequence[int] = (1, 1, 1, 1),
         cache: PagedCache | None = None,
+        min_confidence: float = 0.0,
         temperature: float = 0.0,
         seed: int | Tensor = 0,
         **filters: Any,
     ) -> None:
+        if min_confidence and max(branching, default=1) > 1:
+            raise ValueError("min_confidence: expected 0 with a tree")
         self.model, self.branching, self.own_cache = model, tuple(branching), cache
+        self.min_confidence = min_confidence
         self.temperature, self.seed, self.filters = temperature, seed, filters
 
     def start(self, sequences: Sequence[list[int]], cache: PagedCache) -> None:
@@ -213,18 +219,23 @@ class ModelDrafter:
         if depth <= 0:
             self.drafted = 0
             return Nothing().propose(sequences, last, cache, room)
+        is_chain, rows = max(self.branching) == 1, last[:, None]
         if self.own_cache is not None:  # catch up with what was committed since
-            self.own_cache.lengths[:] = torch.tensor(self.valid, device=last.device)
-            behind = [s[v:-1] for s, v in zip(sequences, self.valid)]
-            prefill(self.model, behind, self.own_cache, 512)
             cache = self.own_cache
+            cache.lengths[:] = torch.tensor(self.valid, device=last.device)
+            behind = [s[v:-1] for s, v in zip(sequences, self.valid)]
+            if is_chain and min(map(len, behind)):  # a chain's first pass takes one token more
+                before = torch.tensor([x.pop() for x in behind], device=last.device)
+                rows = torch.stack([before, last], dim=1)
+            prefill(self.model, behind, cache, 512)
         self.drafted = depth
         self.context = [len(s) for s in sequences]
         limit = torch.tensor([max(r, 0) for r in room], device=last.device)
         length = cache.lengths.clone()
-        draft = self._chain if max(self.branching) == 1 else self._tree
         try:
-            return draft(last, cache, depth, limit)
+            if is_chain:
+                return self._chain(rows, cache, depth, limit)
+            return self._tree(last, cache, depth, limit)
         finally:
             cache.lengths[:] = length
 
@@ -234,8 +245,8 @@ class ModelDrafter:
             kept = self.drafted - 1 if max(self.branching) == 1 else 0
             self.valid = [n + min(a, kept) for n, a in zip(self.context, accepted)]
 
-    def _sample(self, logits: Tensor, first: Tensor, index: int) -> Tensor:
-        """One token a row, [B, 1, V] -> [B, 1].
+    def _sample(self, logits: Tensor, first: Tensor, index: int) -> pydecode.Scores:
+        """One token a row, [B, 1, V] -> [B, 1], and its probability.
 
         Keyed by the position of the draft's first token, which is new in every step, and by the
         token's index in the draft. (Its own position would come again after a rejection, and a
@@ -248,19 +259,30 @@ class ModelDrafter:
             offset=index,
             positions=first[:, None],
             **self.filters,
-        ).tokens
+        )
 
-    def _chain(self, last: Tensor, cache: PagedCache, depth: int, limit: Tensor) -> Draft:
-        tokens, laws = [last[:, None]], []
-        first = cache.lengths + 1
+    def _chain(self, rows: Tensor, cache: PagedCache, depth: int, limit: Tensor) -> Draft:
+        """Drafts behind the last of the rows [B, 1 or 2]."""
+        tokens, laws = [], []
+        first = cache.lengths + rows.shape[1]
+        goes_on, count = limit > 0, torch.zeros_like(limit)
         for i in range(depth):
-            logits = self.model(tokens[-1], cache.lengths[:, None].clone(), cache, "causal")
-            tokens.append(self._sample(logits, first, i))
+            at = torch.arange(rows.shape[1], device=rows.device)
+            keep = at[-1:] if len(at) > 1 else None
+            logits = self.model(rows, cache.lengths[:, None] + at, cache, "causal", keep=keep)
+            cache.lengths += len(at)
+            drawn = self._sample(logits, first, i)
+            rows = drawn.tokens
+            tokens.append(rows)
             laws.append(logits)
-            cache.lengths += 1
+            count += goes_on & (i < limit)
+            if self.min_confidence:
+                goes_on &= drawn.confidence[:, 0] >= self.min_confidence
+                if not bool(goes_on.any()):
+                    break
+        self.drafted = len(laws)
         law = torch.cat(laws, dim=1) if self.temperature else None
-        drafts = torch.cat(tokens[1:], dim=1)
-        return Draft(drafts, limit.clamp(max=depth), logits=law, full=len(last) == 1)
+        return Draft(torch.cat(tokens, dim=1), count, logits=law, full=len(limit) == 1)
 
     def _tree(self, last: Tensor, cache: PagedCache, depth: int, limit: Tensor) -> Draft:
         """Grows the tree level by level; every level is one forward pass over the tree so far."""
@@ -278,7 +300,7 @@ class ModelDrafter:
                 else:  # i.i.d. draws
                     nodes = range(len(parents), len(parents) + children)
                     first = cache.lengths + 1
-                    new = torch.cat([self._sample(rows, first, n) for n in nodes], dim=1)
+                    new = torch.cat([self._sample(rows, first, n).tokens for n in nodes], dim=1)
                 tokens = torch.cat([tokens, new], dim=1)
                 parents += [node] * children
             level = list(range(len(parents) - len(level) * children, len(parents)))

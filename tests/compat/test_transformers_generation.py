@@ -54,11 +54,18 @@ def test_greedy_is_plain_generate(model: Any, other: Any, name: str, stop: bool)
 
 def test_drafts_save_passes(model: Any) -> None:
     prompt = torch.tensor([[*range(3, 20), 3, 4, 5]])
-    itself = assisted(model, num_assistant_tokens=4)
+    itself = assisted(model, num_assistant_tokens=4, assistant_confidence_threshold=0)
     got = model.generate(prompt, max_new_tokens=20, custom_generate=itself)
     assert torch.equal(got, model.generate(prompt, max_new_tokens=20))
     assert itself.last.steps == 4
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_draft_ends_where_the_assistant_is_unsure(model: Any, other: Any) -> None:
+    for threshold, want in ((1.1, {1}), (0.0, {20})):  # nothing is that sure; everything is
+        method = assisted(other, assistant_confidence_threshold=threshold)
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=30, custom_generate=method)
+        assert set(method.last.drafted[0][:3]) == want
 
 
 @pytest.mark.parametrize(

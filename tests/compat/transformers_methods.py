@@ -14,7 +14,10 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "lookup, trie": lambda other: prompt_lookup(
         min_matching_ngram_size=1, candidates=3, num_tokens=4
     ),
-    "assisted": lambda other: assisted(other, num_assistant_tokens=3),
+    "assisted": lambda other: assisted(
+        other, num_assistant_tokens=3, assistant_confidence_threshold=0
+    ),
+    "assisted, while sure": lambda other: assisted(other, assistant_confidence_threshold=0.3),
     "assisted, tree": lambda other: assisted(other, branching=(2, 2)),
 }
 

@@ -171,7 +171,8 @@ def prompt_lookup(
 def assisted(
     assistant_model: "PreTrainedModel",
     *,
-    num_assistant_tokens: int = 4,
+    num_assistant_tokens: int = 20,
+    assistant_confidence_threshold: float = 0.4,
     branching: Sequence[int] | None = None,
     **options: Any,
 ) -> SpeculativeGenerate:
@@ -184,15 +185,18 @@ def assisted(
 
     Args:
         assistant_model: of the same vocabulary, on the same device.
-        num_assistant_tokens: tokens drafted a step; fixed (theirs: up to 20, fewer where the
-            assistant is unsure).
+        num_assistant_tokens, assistant_confidence_threshold: a draft ends after this many tokens,
+            or with the first one below this probability; theirs have these defaults as well, but
+            theirs are attributes of the assistant's generation_config, which are not read. 0 ends
+            no draft, and reads nothing on the host while drafting.
         branching: the children of every node of a drafted tree, level by level, in place of a
-            chain: (4, 2, 1).
+            chain: (4, 2, 1). No threshold ends a tree.
 
     Raises:
         ValueError: the two models differ in vocabulary size or device.
     """
     shape = tuple(branching) if branching is not None else (1,) * num_assistant_tokens
+    threshold = assistant_confidence_threshold if max(shape, default=1) == 1 else 0.0
     if not shape or min(shape) < 1:
         raise ValueError(f"num_assistant_tokens, branching: expected at least 1, got {list(shape)}")
     nodes = level = 1
@@ -202,7 +206,9 @@ def assisted(
 
     def drafter(assistant: CausalLM, B: int, capacity: int, sampling: Any) -> Drafter:
         cache = assistant.new_cache(B, capacity)
-        return ModelDrafter(assistant, branching=shape, cache=cache, **sampling)
+        return ModelDrafter(
+            assistant, branching=shape, cache=cache, min_confidence=threshold, **sampling
+        )
 
     return SpeculativeGenerate(drafter, nodes, assistant_model=assistant_model, **options)
 
