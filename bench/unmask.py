@@ -19,6 +19,7 @@ def workload(B: int, V: int, dtype: torch.dtype, *, quick: bool = False) -> Work
     def make(device: torch.device) -> Inputs:
         tokens = torch.full((B, L), V - 1, device=device)
         logits = torch.randn(B, L, V, dtype=dtype, device=device) * 3
+        logits[..., V - 1] = -20  # the mask: peers would commit it
         return (tokens, logits), dict(mask_id=V - 1, rule="threshold", threshold=0.9)
 
     return Workload(

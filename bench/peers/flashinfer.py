@@ -102,7 +102,37 @@ def sample(logits: Tensor, **kwargs: Any) -> Callable[[], object]:
     return lambda: flashinfer.sampling.sampling_from_logits(logits / temperature)
 
 
+def branches(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, **kwargs: Any
+) -> Callable[[], object]:
+    """Cascade: the context as a shared level of pages of one key, each branch as a level of its
+    own; the paged copies and ``plan()`` are made beforehand. Batch 1, one shared context."""
+    import flashinfer
+
+    B, K, L, Hq, D = q.shape
+    if B != 1:
+        raise Unsupported("one shared context: compared at batch 1 only")
+    n, Hkv = k_cache.shape[1], k_cache.shape[2]
+    keys = torch.cat([k_cache[0], k[0].flatten(0, 1)])
+    values = torch.cat([v_cache[0], v[0].flatten(0, 1)])
+    pool = torch.stack([keys, values], 1)[:, :, None]  # [pages, 2, 1, Hkv, D]: a page is one key
+    device, i32 = q.device, torch.int32
+    rows = torch.arange(K + 1, dtype=i32, device=device) * L
+    ends = [torch.tensor([0, K * L], dtype=i32, device=device), rows]
+    starts = [torch.tensor([0, n], dtype=i32, device=device), rows]
+    pages = [
+        torch.arange(n, dtype=i32, device=device),
+        n + torch.arange(K * L, dtype=i32, device=device),
+    ]
+    last = [torch.ones(len(end) - 1, dtype=i32, device=device) for end in ends]
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, _workspace(device), "NHD")
+    wrapper.plan(ends, starts, pages, last, Hq, Hkv, D, 1, causal=False, q_data_type=q.dtype)
+    packed = q.reshape(K * L, Hq, D)
+    return lambda: wrapper.run(packed, pool)
+
+
 OPS = {
+    "branch_attention": branches,
     "tree_attention": tree,
     "merge_states": merge,
     "rejection_sample": chain,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib import util
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,9 @@ def reject(target: Tensor, tokens: Tensor, draft: Tensor, **kwargs: Any) -> Call
     if target.shape[0] != 1 or kwargs["rule"] != "token":
         raise Unsupported("batch 1 and the token rule only")
     G = tokens.shape[1]
-    return lambda: _speculative_sampling(tokens, draft.float(), G, target.float(), False)
+    # before 5.23 the fifth argument was required: whether the candidate had ended
+    rest = (False,) if "is_done_candidate" in signature(_speculative_sampling).parameters else ()
+    return lambda: _speculative_sampling(tokens, draft.float(), G, target.float(), *rest)
 
 
 OPS = {"rejection_sample": reject}
