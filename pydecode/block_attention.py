@@ -11,6 +11,8 @@ from .backends import choose, unavailable
 from .reference import block_attention as reference
 from .validation import checking
 
+HAS = ("reference", "triton")
+
 
 def block_attention(
     q: Tensor,
@@ -125,7 +127,8 @@ def block_attention(
     args = (
         *(q, k_cache, v_cache, k, v, packed, *causal_pair),
         *(*place[0], *place[1], *place[2], block_table, *tail),
-        *(cu_seqlens_q, max_seqlen_q or 0, return_lse, choose("block_attention", backend)),
+        *(cu_seqlens_q, max_seqlen_q or 0, return_lse),
+        choose("block_attention", backend, HAS, q, sizes.D, sizes.Dv),
     )
     return arguments.deliver(_op, _op_out, _run, args, sizes.Dv, out, return_lse)
 
@@ -134,7 +137,11 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.block_attention(*args)
-    raise unavailable("block_attention", backend)
+    if backend == "triton":
+        from .triton_kernels import block_attention as triton
+
+        return triton.block_attention(*args)
+    raise unavailable("block_attention", backend, HAS)
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

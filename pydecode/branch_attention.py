@@ -11,6 +11,8 @@ from .backends import choose, unavailable
 from .reference import branch_attention as reference
 from .validation import checking, expect_dim, expect_index, expect_tensor
 
+HAS = ("reference", "triton")
+
 
 def branch_attention(
     q: Tensor,
@@ -115,7 +117,7 @@ def branch_attention(
     args = (
         *(q, k_cache, v_cache, k_rows, v_rows, *arguments.causal_of(causal, B, q.device)),
         *(*place[0], *place[1], *place[2], *branches, block_table, *tail),
-        *(return_lse, choose("branch_attention", backend)),
+        *(return_lse, choose("branch_attention", backend, HAS, q, D, Dv)),
     )
     return arguments.deliver(_op, _op_out, _run, args, Dv, out, return_lse)
 
@@ -124,7 +126,11 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.branch_attention(*args)
-    raise unavailable("branch_attention", backend)
+    if backend == "triton":
+        from .triton_kernels import branch_attention as triton
+
+        return triton.branch_attention(*args)
+    raise unavailable("branch_attention", backend, HAS)
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from .validation import (
     static_number,
 )
 
+HAS = ("reference", "triton")
+
 
 def merge_states(
     outs: Tensor | Sequence[Tensor],
@@ -93,7 +95,8 @@ def merge_states(
     log_base = static_number("log_base", log_base)
     if log_base <= 1:
         raise ValueError(f"log_base: expected a number above 1, got {log_base}")
-    args = (parts, logs, *weights, log_base, choose("merge_states", backend))
+    chosen = choose("merge_states", backend, HAS, first)
+    args = (parts, logs, *weights, log_base, chosen)
     return binding.call(_op, _run, *args)
 
 
@@ -111,7 +114,11 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.merge_states(*args)
-    raise unavailable("merge_states", backend)
+    if backend == "triton":
+        from .triton_kernels import merge_states as triton
+
+        return triton.merge_states(*args)
+    raise unavailable("merge_states", backend, HAS)
 
 
 def _fake(outs: list[Tensor], lses: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:

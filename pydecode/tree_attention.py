@@ -11,6 +11,8 @@ from .backends import choose, unavailable
 from .reference import tree_attention as reference
 from .validation import checking
 
+HAS = ("reference", "triton")
+
 
 def tree_attention(
     q: Tensor,
@@ -108,7 +110,8 @@ def tree_attention(
         data.check_context_data(rows, block_table, tail[:2], length, cu_seqlens_q=cu_seqlens_q)
     args = (
         *(q, k_cache, v_cache, k, v, packed, causal, *length, block_table, *tail),
-        *(cu_seqlens_q, max_seqlen_q or 0, return_lse, choose("tree_attention", backend)),
+        *(cu_seqlens_q, max_seqlen_q or 0, return_lse),
+        choose("tree_attention", backend, HAS, q, sizes.D, sizes.Dv),
     )
     return arguments.deliver(_op, _op_out, _run, args, sizes.Dv, out, return_lse)
 
@@ -117,7 +120,11 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.tree_attention(*args)
-    raise unavailable("tree_attention", backend)
+    if backend == "triton":
+        from .triton_kernels import tree_attention as triton
+
+        return triton.tree_attention(*args)
+    raise unavailable("tree_attention", backend, HAS)
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

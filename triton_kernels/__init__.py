@@ -1,5 +1,5 @@
 """Triton kernels, one file an op, installed as ``pydecode.triton_kernels``.
 
-No kernel has landed yet: every op runs on the ``reference`` backend, and ``pydecode.backends()``
-says so.
+A face (``tree_attention.py``) takes the schema's arguments; what it launches has files of its own
+(``decode_attention.py``, ``decode_kernel.py``), and so has what kernels share (``numerics.py``).
 """

@@ -13,11 +13,16 @@ class Mutant(NamedTuple):
     old: str
     new: str
     tests: str
+    env: tuple[tuple[str, str], ...] = ()  # more of the environment of its tests
 
 
 REFERENCE = "pydecode/reference/"
 ATTENTION = REFERENCE + "attention.py"
 CHAIN = REFERENCE + "rejection_sample.py"
+DECODE = "triton_kernels/decode_kernel.py"
+IN_DECODE = "tests/triton/test_decode_attention.py"
+AT_EDGES = "tests/triton/test_decode_edges.py"
+INTERPRETED = (("TRITON_INTERPRET", "1"),)
 
 MUTANTS = [
     # attention
@@ -143,5 +148,95 @@ MUTANTS = [
         "valid = valid & (page >= 0) & (page < pages)",
         "page = page.int(); valid = valid & (page >= 0) & (page <= pages)",
         "tests/test_write_kv.py tests/test_commit_kv.py",
+    ),
+    # the decode kernel
+    Mutant(
+        "a page id equal to the pool's size taken as mapped",
+        DECODE,
+        "seen = (page >= 0) & (page < num_pages)",
+        "seen = (page >= 0) & (page <= num_pages)",
+        AT_EDGES + " -k outside_the_pool",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the second half of a mask's word read as the first",
+        DECODE,
+        ">> (t % 2 * 32)",
+        ">> 0",
+        IN_DECODE + " -k packed_masks",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a hole that keeps its last key",
+        DECODE,
+        "hole_high = clamp(start + n, 0, capacity)",
+        "hole_high = clamp(start + n - 1, 0, capacity)",
+        IN_DECODE + " -k hole",
+        INTERPRETED,
+    ),
+    Mutant(
+        "full tiles that begin inside a row's window",
+        DECODE,
+        "low_all = tl.maximum(low, tl.max(tl.where(valid, lowest, 0), 0))",
+        "low_all = tl.maximum(low, tl.min(tl.where(valid, lowest, capacity), 0))",
+        IN_DECODE + " -k many_tiles",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a branch that sees its siblings",
+        DECODE,
+        "sees & (c[:, None] == c_j[None, :])",
+        "sees & (c[:, None] >= c_j[None, :])",
+        IN_DECODE + " -k branch",
+        INTERPRETED,
+    ),
+    Mutant(
+        "v_scale on rows that are not in the cache",
+        DECODE,
+        "if v_scale is not None and k_rows is None:",
+        "if v_scale is not None and k_rows is not None:",
+        IN_DECODE + " -k fp8",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a sink for rows past num_tokens",
+        DECODE,
+        'b_lse = tl.where(valid, b_lse, float("inf"))',
+        "b_lse = b_lse",
+        IN_DECODE + " -k ragged",
+        INTERPRETED,
+    ),
+    Mutant(
+        "rows in flight counted in every split",
+        DECODE,
+        "if (split < SPLITS - 1) | (anyone == 0):",
+        "if anyone == 0:",
+        IN_DECODE + " -k sizes",
+        INTERPRETED,
+    ),
+    Mutant(
+        "an unseen NaN multiplied by 0",
+        "triton_kernels/attention_steps.py",
+        "tl.where(finite, v, 0.0).to(v.dtype)",
+        "v",
+        AT_EDGES + " -k nan",
+        INTERPRETED,
+    ),
+    Mutant(
+        "splits that follow the batch",
+        "triton_kernels/decode_attention.py",
+        "splits = splits_of(rows, Hq // Hkv, Hkv, ",
+        "splits = splits_of(rows, Hq // Hkv, Hkv * batch * 40, ",
+        AT_EDGES + " -k alone",
+        INTERPRETED,
+    ),
+    # merging in Triton
+    Mutant(
+        "an empty part heard when its weight is 0",
+        "triton_kernels/merge_states.py",
+        'l = tl.where(l == float("-inf"), l, l * weight)',
+        "l = l * weight",
+        "tests/triton/test_merge_states.py -k empty",
+        INTERPRETED,
     ),
 ]
