@@ -181,13 +181,15 @@ def test_launches_outside_the_report_are_found() -> None:
 def test_cuda_sources(tmp_path: Path) -> None:
     (tmp_path / "rows.cu").write_text((HERE / "static_rows.cu").read_text())
     file = tmp_path / "out.json"
-    code, text = report("--csrc", str(tmp_path), "--target", "sm_90", "--json", str(file))
+    arguments = ["--csrc", str(tmp_path), "--target", "sm_90", "--sample", "1"]
+    code, text = report(*arguments, "--json", str(file))
     assert code == 1, text
     rows = {r["kernel"]: r for r in json.loads(file.read_text())["rows"]}
     good = rows["void rows<4>(float const*, float*, int)"]
     assert not good["faults"]
     assert good["binary"]["shared"] == 128 * 4 + 1024  # static, and what the line gives
-    assert {name: r["faults"] for name, r in rows.items() if r is not good} == {
+    cuda_rows = {n: r for n, r in rows.items() if "(" in n or n == "absent"}  # not Triton's
+    assert {name: r["faults"] for name, r in cuda_rows.items() if r is not good} == {
         "void rows<1>(float const*, float*, int)": ["0 loads of 16 bytes, expected 1"],
         "lost(int const*, float*)": ["spills 512 bytes, stack 256 bytes"],
         "untold(float*)": ["0 `// static:` lines match, expected one"],

@@ -36,7 +36,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         out, lse = pydecode.merge_states(outs, lses)
         if backend == "triton":
             launch = module.CONFIGURATIONS[KEY]
-            time.sleep(0.001 if launch == FAST else 0.003)
+            time.sleep(0.001 if launch == FAST else 0.03)
             if launch == WRONG:
                 out = out + 1
         return out, lse
