@@ -26,6 +26,8 @@ from .validation import (
 )
 from .write_kv import expect_writable
 
+HAS = ("reference", "triton")
+
 
 def commit_kv(
     k_caches: Sequence[Tensor] | Tensor,
@@ -101,7 +103,7 @@ def commit_kv(
         _op,
         _run,
         *(k_list, v_list, path, num_accepted, tensor.expand(B), block_table, k_rows, v_rows),
-        choose("commit_kv", backend),
+        choose("commit_kv", backend, HAS, path),
     )
 
 
@@ -202,7 +204,11 @@ def _run(*args: Any) -> Tensor:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.commit_kv(*args)
-    raise unavailable("commit_kv", backend)
+    if backend == "triton":
+        from .triton_kernels import commit_kv as triton
+
+        return triton.commit_kv(*args)
+    raise unavailable("commit_kv", backend, HAS)
 
 
 def _fake(

@@ -19,6 +19,8 @@ from .validation import (
     number,
 )
 
+HAS = ("reference", "triton")
+
 
 def jacobi_step(
     draft: Tensor,
@@ -70,7 +72,7 @@ def jacobi_step(
             raise ValueError(f"num_valid: expected at most n = {n}, got {valid[0]}")
         if checking() and valid[1] is not None:
             data_range("num_valid", valid[1], 0, n + 1)
-    args = (draft, target, *valid, choose("jacobi_step", backend))
+    args = (draft, target, *valid, choose("jacobi_step", backend, HAS, draft))
     return binding.call(_op, _run, *args)
 
 
@@ -78,7 +80,11 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.jacobi_step(*args)
-    raise unavailable("jacobi_step", backend)
+    if backend == "triton":
+        from .triton_kernels import jacobi_step as triton
+
+        return triton.jacobi_step(*args)
+    raise unavailable("jacobi_step", backend, HAS)
 
 
 def _fake(draft: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

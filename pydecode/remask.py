@@ -11,6 +11,8 @@ from .backends import choose, unavailable
 from .reference import remask as reference
 from .validation import checking, data_range, number
 
+HAS = ("reference", "triton")
+
 
 def remask(
     tokens: Tensor,
@@ -49,7 +51,7 @@ def remask(
     if checking() and count[1] is not None:
         data_range("r", count[1], 0, torch.iinfo(torch.int64).max)
     args = (tokens, scores, *count, arguments.token_id("mask_id", mask_id))
-    result: Tensor = binding.call(_op, _run, *args, choose("remask", backend))
+    result: Tensor = binding.call(_op, _run, *args, choose("remask", backend, HAS, scores))
     return result
 
 
@@ -57,7 +59,11 @@ def _run(*args: Any) -> Tensor:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.remask(*args)
-    raise unavailable("remask", backend)
+    if backend == "triton":
+        from .triton_kernels import remask as triton
+
+        return triton.remask(*args)
+    raise unavailable("remask", backend, HAS)
 
 
 def _fake(tokens: Tensor, *args: Any) -> Tensor:

@@ -19,6 +19,7 @@ from .validation import (
 )
 
 RULES = ("exact", "subset")
+HAS = ("reference", "triton")
 
 
 def verify_states(
@@ -82,7 +83,7 @@ def verify_states(
             raise ValueError(
                 f"graph: expected shape [B|1, K, K] = [{B}|1, {K}, {K}], got {list(graph.shape)}"
             )
-    args = (states, targets, mask_id, rule, graph, choose("verify_states", backend))
+    args = (states, targets, mask_id, rule, graph, choose("verify_states", backend, HAS, states))
     return binding.call(_op, _run, *args)
 
 
@@ -90,7 +91,11 @@ def _run(*args: Any) -> Tensor:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.verify_states(*args)
-    raise unavailable("verify_states", backend)
+    if backend == "triton":
+        from .triton_kernels import verify_states as triton
+
+        return triton.verify_states(*args)
+    raise unavailable("verify_states", backend, HAS)
 
 
 def _fake(states: Tensor, *args: Any) -> Tensor:

@@ -23,6 +23,8 @@ from .validation import (
     expect_tensor,
 )
 
+HAS = ("reference", "triton")
+
 
 def write_kv(
     k: Tensor,
@@ -67,8 +69,8 @@ def write_kv(
         q rotated, a fresh tensor (a copy without cos and sin), or None without q.
 
     Two rows of one call with the same slot: on the CPU and in the reference the last one wins; on a
-    GPU any of them may. Every other bit of the cache stays as it was. k, v and q must not share
-    memory with the caches.
+    GPU any of them may, head by head. Every other bit of the cache stays as it was. k, v and q must
+    not share memory with the caches.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or stride that does not fit, by name.
@@ -114,7 +116,7 @@ def write_kv(
         *(k, v, k_cache, v_cache, positions, block_table, cos, sin, bool(interleaved), q),
         *arguments.cache_scale("k_scale", k_scale, B, Hkv, k.device),
         *arguments.cache_scale("v_scale", v_scale, B, Hkv, k.device),
-        choose("write_kv", backend),
+        choose("write_kv", backend, HAS, k),
     )
     return None if q is None else result
 
@@ -149,7 +151,11 @@ def _run(*args: Any) -> Tensor:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.write_kv(*args)
-    raise unavailable("write_kv", backend)
+    if backend == "triton":
+        from .triton_kernels import write_kv as triton
+
+        return triton.write_kv(*args)
+    raise unavailable("write_kv", backend, HAS)
 
 
 def _fake(*args: Any) -> Tensor:

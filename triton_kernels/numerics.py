@@ -61,3 +61,54 @@ def decoded(x, FORM: tl.constexpr, dtype: tl.constexpr):
     if dtype == tl.float16:
         return half.to(tl.float16)
     return half.to(tl.float32).to(dtype)
+
+
+@triton.jit
+def encoded(x, FORM: tl.constexpr):
+    """fp32 as fp8 bytes: the nearest code, ties to the even one, saturated to the largest finite.
+
+    By integer operations, so also where the hardware has no such cast. NaN stays one, with its
+    sign. A number below the smallest normal code is added to one whose last place is the smallest
+    code's: the sum's rounding is the code's.
+    """
+    if FORM == 1:  # e4m3
+        DROPPED: tl.constexpr = 20  # of fp32's 23 bits of mantissa
+        REBIAS: tl.constexpr = 127 - 7
+        LARGEST: tl.constexpr = 0x43E00000  # 448
+        NAN: tl.constexpr = 0x7F
+    else:
+        DROPPED: tl.constexpr = 21
+        REBIAS: tl.constexpr = 127 - 15
+        LARGEST: tl.constexpr = 0x47600000  # 57344
+        NAN: tl.constexpr = 0x7F
+    bits = x.to(tl.int32, bitcast=True)
+    sign, size = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
+    nan = size > 0x7F800000
+    size = tl.minimum(size, LARGEST)
+    odd = (size >> DROPPED) & 1
+    normal = (size + odd + ((1 << (DROPPED - 1)) - 1) - (REBIAS << 23)) >> DROPPED
+    STEP: tl.constexpr = (REBIAS + 1 + DROPPED) << 23  # the number whose last place is a code's
+    step = tl.full(size.shape, STEP, tl.int32).to(tl.float32, bitcast=True)
+    small = (size.to(tl.float32, bitcast=True) + step).to(tl.int32, bitcast=True) - STEP
+    code = tl.where(size < ((REBIAS + 1) << 23), small, normal)
+    return (sign | tl.where(nan, NAN, code)).to(tl.uint8)
+
+
+@triton.jit
+def widened(x):
+    """As fp32, exactly; the interpreter's cast from bf16 takes denormals for others."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 as ``dtype``, to the nearest; the interpreter's cast to bf16 cuts off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        near = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+        near = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, near)
+        return near.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

@@ -279,5 +279,7 @@ def merge_states(d: Draw) -> Case:
     if d.chance(0.5):
         kwargs["temperatures"] = d.uniform(M) + 0.5
         kwargs["scales"] = d.uniform(M) + 0.5
+    if d.chance(0.4):
+        kwargs["mask"] = d.bools(0.5, B, N)
     lses = lses.masked_fill(empty, -torch.inf)
     return Case((outs, lses), kwargs, _label(M=M, B=B, N=N, H=H, D=D))

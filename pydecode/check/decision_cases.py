@@ -271,6 +271,8 @@ def sample_and_score(d: Draw) -> Case:
     if d.chance(0.3):
         kwargs["bias_ids"], kwargs["bias"] = d.integers(-1, V, B, L, 3), d.normal(B, L, 3)
     kwargs["filter_order"] = d.choice(["top_k_first", "joint"])
+    if d.chance(0.2):
+        logits, kwargs["probs"] = logits.softmax(-1), True
     kwargs.update(_allowed(d, B, L, V=V))
     if kwargs["sampler"] == "inverse_cdf":
         kwargs.update(_uniforms(d, B, L))
@@ -321,6 +323,9 @@ def unmask(d: Draw) -> Case:
         kwargs["bias_ids"], kwargs["bias"] = d.integers(-1, V, B, rows, 3), d.normal(B, rows, 3)
     kwargs["confidence"] = d.choice(["probability", "margin", "neg_entropy"])
     kwargs["seed"], kwargs["offset"] = d.integers(0, 2**40, B, dtype=torch.int64), 3
+    if d.chance(0.3):
+        kwargs["masked"] = d.bools(0.6, B, L)
+    kwargs["return_proposals"] = d.chance(0.3)
     what = _poison(d, logits)
     return Case((tokens, logits), kwargs, _label(B=B, L=L, V=V, rule=kwargs["rule"]) + what)
 
@@ -340,6 +345,18 @@ def remask(d: Draw) -> Case:
     return Case(
         (d.integers(0, 5, B, L, dtype=torch.int64), d.uniform(B, L)), kwargs, f"B={B} L={L}"
     )
+
+
+def earn_credit(d: Draw) -> Case:
+    B, L, S = d.integer(1, 4), d.choice([1, 8, 32]), d.choice([1, 2, 7, 32])
+    ids = torch.arange(S, device=d.device).expand(B, L, S) - d.bools(0.3, B, L, S) * (S + 1)
+    credit = d.integers(0, 4, B, L, S) / 4 * (ids >= 0)  # amounts that are equal, or far apart
+    kwargs: dict[str, Any] = dict(gamma=d.choice([0.0, 0.2, 1.0]), decay=0.75, alpha=0.7)
+    if d.chance(0.5):
+        kwargs["alive"] = d.choice([d.bools(0.7), d.bools(0.7, B), d.bools(0.1, B, 9)])
+    confidence = d.uniform(B, L).masked_fill(d.bools(0.2, B, L), -torch.inf)
+    args = (ids.clamp(min=-1), credit.float(), d.integers(-1, S + 3, B, L), confidence)
+    return Case(args, kwargs, _label(B=B, L=L, S=S) + (" alive" if "alive" in kwargs else ""))
 
 
 def soft_embed(d: Draw) -> Case:

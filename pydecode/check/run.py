@@ -39,13 +39,17 @@ AT_INPUT_DTYPE = (
     "soft_embed",
     "write_kv",
 )
-WITH_OUT = ("tree_attention", "block_attention", "branch_attention", "ranked_attention", "unmask")
+WITH_OUT = (
+    *("tree_attention", "block_attention", "branch_attention", "ranked_attention"),
+    *("merge_states", "unmask"),
+)
 # Ops whose requests are computed alone as well: the same bits, or a batch changes its requests.
 ALONE = (
     *("tree_attention", "block_attention", "branch_attention", "ranked_attention"),
     *("rejection_sample", "rejection_sample_tree", "verify_greedy", "sample_and_score", "unmask"),
 )
-MUTATED = {"write_kv": (2, 3), "commit_kv": (0, 1)}  # positions of the caches among the arguments
+# Positions of the tensors among the arguments that an op changes.
+MUTATED = {"write_kv": (2, 3), "commit_kv": (0, 1), "earn_credit": (0, 1)}
 
 
 def public(op: str) -> Callable[..., Any]:
@@ -68,7 +72,7 @@ def dtypes(op: str) -> tuple[torch.dtype | None, ...]:
     integers = ("jacobi_step", "verify_states", "pack_mask", "mask_from_parents", "tree_depths")
     if op in (*integers, "tree_from_links", "tree_links"):
         return (None,)
-    return (torch.float32,) if op in ("dynamic_tree", "commit", "remask") else DTYPES
+    return (torch.float32,) if op in ("dynamic_tree", "commit", "remask", "earn_credit") else DTYPES
 
 
 class Outcome(NamedTuple):
@@ -164,7 +168,7 @@ def check_case(op: str, backend: str, case: Case) -> tuple[float, int, str]:
 
 
 def call(op: str, case: Case, backend: str, **more: Any) -> list[Tensor]:
-    """Results as a flat list, and the caches that the op changes, which are copies."""
+    """Results as a flat list, and the tensors that the op changes, which are copies."""
     args = list(case.args)
     for i in MUTATED.get(op, ()):
         args[i] = guarded(args[i])
@@ -174,7 +178,7 @@ def call(op: str, case: Case, backend: str, **more: Any) -> list[Tensor]:
     for i in MUTATED.get(op, ()):
         for x in args[i] if isinstance(args[i], list) else [args[i]]:
             if not guards_intact(x):
-                raise AssertionError("a write outside the cache")
+                raise AssertionError("a write outside of what the op may change")
             results.append(x)
     return results
 

@@ -88,6 +88,7 @@ def good_paths(
     previous = torch.cat([torch.full_like(node[:, :1], -1), node[:, :-1]], 1)
     in_order = ((node > previous) | (j > n[:, None])).all(1)
     last = node.gather(1, n.clamp(0, P - 1)[:, None])[:, 0]
-    end = cache_seqlens.long() + (n if staged else last)  # the furthest position of all
-    inside = (cache_seqlens >= 0) & (last < num_rows) & (end < capacity)
+    furthest = n if staged else last  # from the length; their sum could wrap around
+    fits = cache_seqlens.long() < capacity - furthest
+    inside = (cache_seqlens >= 0) & (last < num_rows) & fits
     return (node[:, 0] == 0) & (n >= 0) & (n < P) & in_order & inside

@@ -18,6 +18,8 @@ from ..validation import (
 from .masks import expect_parents
 from .tree import Tree, expect_int
 
+HAS = ("reference", "triton")
+
 
 def dynamic(
     scores: Tensor,
@@ -84,7 +86,8 @@ def dynamic(
     bound = num_nodes - 1
     if max_depth is not None:
         bound = min(expect_int("max_depth", max_depth, 0), bound)
-    args = (scores, tokens, parents, num_nodes, choose("dynamic_tree", backend))
+    chosen = choose("dynamic_tree", backend, HAS, scores)
+    args = (scores, tokens, parents, num_nodes, chosen)
     tree_parents, depths, mask, choice = binding.call(_op, _run, *args)
     return Tree(tree_parents, depths, mask, choice, bound)
 
@@ -94,7 +97,11 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if backend == "reference":
         return reference.dynamic_tree(scores, tokens, parents, num_nodes)
-    raise unavailable("dynamic_tree", backend)
+    if backend == "triton":
+        from ..triton_kernels import dynamic_tree as triton
+
+        return triton.dynamic_tree(scores, tokens, parents, num_nodes)
+    raise unavailable("dynamic_tree", backend, HAS)
 
 
 def _fake(

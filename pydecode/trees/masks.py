@@ -25,6 +25,8 @@ from ..validation import (
     expect_tensor,
 )
 
+HAS = ("reference", "triton")
+
 pack_bits = pack_reference.pack_mask  # bool [..., N] -> int64 [..., ceil(N/64)], unvalidated
 
 
@@ -53,7 +55,7 @@ def pack_mask(mask: Tensor, *, backend: str | None = None) -> Tensor:
     expect_dtype("mask", mask, (torch.bool,))
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         raise ValueError(f"mask: expected shape [..., N, N], got {list(mask.shape)}")
-    return binding.call(_pack_op, _pack_run, mask, choose("pack_mask", backend))
+    return binding.call(_pack_op, _pack_run, mask, choose("pack_mask", backend, HAS, mask))
 
 
 def unpack_mask(packed: Tensor, n: int) -> Tensor:
@@ -108,7 +110,8 @@ def mask_from_parents(parents: Tensor, *, backend: str | None = None) -> Tensor:
              [11]]])
     """
     parents = expect_parents(parents)
-    return binding.call(_mask_op, _mask_run, parents, choose("mask_from_parents", backend))
+    chosen = choose("mask_from_parents", backend, HAS, parents)
+    return binding.call(_mask_op, _mask_run, parents, chosen)
 
 
 def depths(parents: Tensor, *, backend: str | None = None) -> Tensor:
@@ -153,13 +156,21 @@ def expect_parents(parents: Any) -> Tensor:
 def _pack_run(mask: Tensor, backend: str) -> Tensor:
     if backend == "reference":
         return pack_reference.pack_mask(mask)
-    raise unavailable("pack_mask", backend)
+    if backend == "triton":
+        from ..triton_kernels import pack_mask as triton
+
+        return triton.pack_mask(mask)
+    raise unavailable("pack_mask", backend, HAS)
 
 
 def _mask_run(parents: Tensor, backend: str) -> Tensor:
     if backend == "reference":
         return parents_reference.mask_from_parents(parents)
-    raise unavailable("mask_from_parents", backend)
+    if backend == "triton":
+        from ..triton_kernels import mask_from_parents as triton
+
+        return triton.mask_from_parents(parents)
+    raise unavailable("mask_from_parents", backend, HAS)
 
 
 def _depths_run(parents: Tensor, backend: str) -> Tensor:
