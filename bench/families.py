@@ -12,7 +12,7 @@ FAMILIES = (
             *("coupled_accept", "jacobi_step", "verify_states"),
         ),
     ),
-    ("Diffusion", ("unmask", "sample_and_score", "commit", "remask", "soft_embed")),
+    ("Diffusion", ("unmask", "sample_and_score", "commit", "remask", "earn_credit", "soft_embed")),
     ("Cache", ("commit_kv", "write_kv", "merge_states")),
     (
         "Trees",

@@ -3,7 +3,8 @@
     python -m pydecode.bench.tune OP            sweep, and write configurations/OP.json
     python -m pydecode.bench.tune OP --dry-run  sweep only
 
-An op that can be tuned has, in ``triton_kernels/<op>.py``, ``CONFIGURATIONS`` and
+An op, or a kernel of several, that can be tuned has, in ``triton_kernels/<op>.py``,
+``CONFIGURATIONS`` and
 ``candidates(key)``, which yields launch keywords; and in ``bench/<op>.py`` ``tuned_by(key)``, the
 workload that selects that key, or None if this machine cannot run it. A candidate must be proven by
 the static report for this architecture and pass the check before it is timed. The table's own entry
@@ -86,12 +87,14 @@ def sweep(
             wrong = proven(op, key, launch)
             if not wrong:
                 with entry(table, key, launch):
-                    _, _, wrong = check_case(op, backend, Case(args, kwargs, workload.label))
+                    _, _, wrong = check_case(
+                        workload.op, backend, Case(args, kwargs, workload.label)
+                    )
             if wrong:
                 rejected.append(f"{name}: {wrong}")
                 continue
             launches[name] = launch
-            contenders[name] = caller(table, key, launch, op, backend, inputs)
+            contenders[name] = caller(table, key, launch, workload.op, backend, inputs)
         if str(current) not in contenders:
             raise RuntimeError(f"{op} {key}: the table's own entry fails: {rejected[0]}")
         took = timing.race(contenders, sets=sets, device=device, seconds=seconds)

@@ -1,8 +1,10 @@
 """Which backends exist, which this machine has, and the error for the others."""
 
+import functools
+import importlib
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +14,6 @@ NAMES = ("reference", "cpu", "triton", "cuda", "cuda_host")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LARGEST_HEAD = 256  # of the Triton kernels
-# IEEE products of wider fp32 heads would spill on NVIDIA
-LARGEST_FP32_HEAD = dict.fromkeys(("tree_attention", "block_attention", "branch_attention"), 64)
 
 
 class BackendUnavailable(RuntimeError):
@@ -98,13 +98,16 @@ def no_triton(op: str, q: Tensor, *head_dims: int) -> str:
         capability = _CAPABILITIES.get(index) or _capability(index)
         if capability < (8, 0):
             return f"compute capability 8.0 or newer, got {capability}"
-        widest = LARGEST_FP32_HEAD.get(op, LARGEST_HEAD)
-        if q.dtype == torch.float32 and max(head_dims, default=0) > widest:
-            return "" if torch.version.hip else f"head dims of fp32 up to {widest}"
         return ""
     if q.device.type != "cpu":
         return f"CUDA and ROCm tensors, got one on {q.device.type}"
     return "" if _interpreted() else _CPU
+
+
+@functools.cache  # an import inside a function costs 2 us a call
+def triton_kernels(name: str) -> Any:
+    """A module of ``pydecode.triton_kernels``, imported when it is first called."""
+    return importlib.import_module(f"pydecode.triton_kernels.{name}")
 
 
 _CAPABILITIES: dict[int | None, tuple[int, int]] = {}

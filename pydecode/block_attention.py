@@ -7,7 +7,7 @@ from torch import Tensor
 from . import attention_arguments as arguments
 from . import attention_data as data
 from . import binding
-from .backends import choose, unavailable
+from .backends import choose, triton_kernels, unavailable
 from .reference import block_attention as reference
 from .validation import checking
 
@@ -138,9 +138,7 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.block_attention(*args)
     if backend == "triton":
-        from .triton_kernels import block_attention as triton
-
-        return triton.block_attention(*args)
+        return triton_kernels("block_attention").block_attention(*args)
     raise unavailable("block_attention", backend, HAS)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from . import attention_arguments as arguments
 from . import attention_data as data
 from . import binding
-from .backends import choose, unavailable
+from .backends import choose, triton_kernels, unavailable
 from .reference import branch_attention as reference
 from .validation import checking, expect_dim, expect_index, expect_tensor
 
@@ -127,9 +127,7 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.branch_attention(*args)
     if backend == "triton":
-        from .triton_kernels import branch_attention as triton
-
-        return triton.branch_attention(*args)
+        return triton_kernels("branch_attention").branch_attention(*args)
     raise unavailable("branch_attention", backend, HAS)
 
 

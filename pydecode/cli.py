@@ -103,6 +103,9 @@ def demo(
     only: Annotated[Model | None, typer.Option(help="One model; default: both.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of both decoders here.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Torch threads; 0: as torch chose.")] = 0,
+    backend: Annotated[
+        str | None, typer.Option(help="SmolLM2's attention; default: the fastest there is.")
+    ] = None,
 ) -> None:
     """Decode several tokens a step with two real models, and compare with plain decoding.
 
@@ -118,12 +121,14 @@ def demo(
         if only != Model.sapiens:
             from .demo import causal as causal_demo
 
-            causal = causal_demo.show(console, max_new_tokens=tokens, rounds=rounds)
+            causal = causal_demo.show(
+                console, max_new_tokens=tokens, rounds=rounds, backend=backend
+            )
         if only != Model.smollm2:
             from .demo import masked as masked_demo
 
             masked = masked_demo.show(console)
-    except ModelMissing as missing:
+    except (pydecode.BackendUnavailable, ModelMissing) as missing:
         # no markup: [models] in the message is an extra, not a style
         console.print(str(missing), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None

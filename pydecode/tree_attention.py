@@ -7,7 +7,7 @@ from torch import Tensor
 from . import attention_arguments as arguments
 from . import attention_data as data
 from . import binding
-from .backends import choose, unavailable
+from .backends import choose, triton_kernels, unavailable
 from .reference import tree_attention as reference
 from .validation import checking
 
@@ -121,9 +121,7 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.tree_attention(*args)
     if backend == "triton":
-        from .triton_kernels import tree_attention as triton
-
-        return triton.tree_attention(*args)
+        return triton_kernels("tree_attention").tree_attention(*args)
     raise unavailable("tree_attention", backend, HAS)
 
 

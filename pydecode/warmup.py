@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from . import ranks, trees
+from .backends import triton_kernels
 from .block_attention import block_attention
 from .branch_attention import branch_attention
 from .commit import commit
 from .commit_kv import commit_kv
 from .coupled_accept import coupled_accept
+from .earn_credit import earn_credit
 from .jacobi_step import jacobi_step
 from .merge_states import merge_states
 from .ranked_attention import ranked_attention
@@ -22,7 +24,7 @@ from .sample_and_score import sample_and_score
 from .soft_embed import soft_embed
 from .tree_attention import tree_attention
 from .unmask import unmask
-from .validation import FLOATS
+from .validation import FLOATS, FP8
 from .verify_greedy import verify_greedy
 from .verify_states import verify_states
 from .write_kv import write_kv
@@ -40,6 +42,10 @@ def warmup(
     vocab_size: int,
     device: torch.device | str,
     ops: Iterable[str] | None = None,
+    backend: str | None = None,
+    page_size: int = PAGE_SIZE,
+    cache_dtype: torch.dtype | None = None,
+    max_rows: int = 64,
 ) -> None:
     """Loads and compiles everything that such a model will call, by one tiny call of each op.
 
@@ -52,6 +58,11 @@ def warmup(
         vocab_size: V, at least 2.
         device: where the model runs.
         ops: names of ops as ``torch.ops.pydecode`` has them, such as "tree_attention"; None: all.
+        backend: of tree, block and branch attention and ``merge_states``; None: the fastest. With
+            "triton" their kernels are compiled for every tile and number of splits that 1 to
+            ``max_rows`` rows in flight take, over pages of ``page_size`` and a dense cache, of
+            ``cache_dtype`` (default ``dtype``; fp8: scales are tensors), with a mask and without.
+            Windows, soft caps, sinks and packed batches are other binaries: call those once.
 
     Raises:
         ValueError, TypeError: a size, dtype, device or op that does not exist, by name.
@@ -84,7 +95,15 @@ def warmup(
     unknown = [op for op in names if op not in CALLS]
     if unknown:
         raise ValueError(f"ops: expected names out of {', '.join(CALLS)}, got {unknown[0]!r}")
-    model = _Model(num_heads, num_kv_heads, head_dim, dtype, vocab_size, device)
+    for name, size in (("page_size", page_size), ("max_rows", max_rows)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
+    if cache_dtype not in (None, dtype, *FP8):
+        raise TypeError(f"cache_dtype: expected None, {dtype} or an fp8 dtype, got {cache_dtype!r}")
+    model = _Model(
+        *(num_heads, num_kv_heads, head_dim, dtype, vocab_size, device),
+        *(backend, page_size, cache_dtype or dtype, max_rows),
+    )
     with torch.no_grad():
         for op in names:
             CALLS[op](model)
@@ -99,6 +118,10 @@ class _Model(NamedTuple):
     dtype: torch.dtype
     vocab_size: int
     device: torch.device
+    backend: str | None  # of what has more than one
+    page_size: int
+    cache_dtype: torch.dtype
+    max_rows: int
 
     def q(self, *shape: int) -> Tensor:
         return self.zeros(*(shape or (1, N)), self.num_heads, self.head_dim)
@@ -133,7 +156,28 @@ class _Model(NamedTuple):
 
 def _attend(op: Callable[..., Any], m: _Model, *branches: int, **more: Any) -> None:
     rows = (1, *branches, N)
-    op(m.q(*rows), *m.cache(), m.kv(*rows), m.kv(*rows), **m.context(), **more)
+    if m.backend != "triton":
+        context = dict(m.context(), **more, backend=m.backend)
+        op(m.q(*rows), *m.cache(), m.kv(*rows), m.kv(*rows), **context)
+        return
+    plan, devices = triton_kernels("decode_plan"), triton_kernels("devices")
+    group, arch = m.num_heads // m.num_kv_heads, devices.architecture(m.q())
+    sizes = (m.max_rows, group, m.num_kv_heads, m.head_dim, m.dtype, arch)
+    pages = [m.kv(2, m.page_size).to(m.cache_dtype) for _ in range(2)]
+    paged = dict(cache_seqlens=m.ids([m.page_size]), block_table=m.ids([[0, 1]]))
+    dense = dict(cache_seqlens=m.ids([m.page_size]))
+    if m.cache_dtype in FP8:
+        ones = torch.ones(m.num_kv_heads, device=m.device)
+        more = dict(more, k_scale=ones, v_scale=ones)
+    for n in plan.rows_to_warm(*sizes):
+        rows = (1, *branches, -(-n // (branches or (1,))[0]))
+        own = m.q(*rows), m.kv(*rows), m.kv(*rows)
+        for caches, where in ((pages, paged), ([x[:1] for x in pages], dense)):
+            kwargs: dict[str, Any] = dict(where, **more, backend="triton")
+            op(own[0], *caches, *own[1:], **kwargs)
+            if "mask" in more:
+                words = torch.zeros(1, rows[1], -(-rows[1] // 64), device=m.device).long()
+                op(own[0], *caches, *own[1:], **dict(kwargs, mask=words))
 
 
 def _ranked_attention(m: _Model) -> None:
@@ -144,7 +188,7 @@ def _ranked_attention(m: _Model) -> None:
 def _merge_states(m: _Model) -> None:
     dtype = torch.float64 if m.dtype == torch.float64 else torch.float32
     lse = torch.zeros(2, 1, m.num_heads, N, dtype=dtype, device=m.device)
-    merge_states(m.q(2, 1, N), lse)
+    merge_states(m.q(2, 1, N), lse, backend=m.backend)
 
 
 def _write_kv(m: _Model) -> None:
@@ -181,6 +225,9 @@ CALLS: dict[str, Callable[[_Model], Any]] = {
         m.tokens(), m.tokens(), m.scores(), mask_id=0, rule="threshold", threshold=0.5
     ),
     "remask": lambda m: remask(m.tokens(), m.scores(), r=1, mask_id=0),
+    "earn_credit": lambda m: earn_credit(
+        m.tokens()[..., None], m.scores()[..., None], m.tokens(), m.scores()
+    ),
     "soft_embed": lambda m: soft_embed(
         m.logits(), m.zeros(m.vocab_size, 8), mask_id=0, top_p=0.9, ratio=0.5
     ),

@@ -32,13 +32,13 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """``merge_states`` with a backend that does as its configuration says."""
     module = kernels()
 
-    def merge_states(outs: Any, lses: Any, *, backend: str) -> Any:
-        out, lse = pydecode.merge_states(outs, lses)
+    def merge_states(outs: Any, lses: Any, *, backend: str, **more: Any) -> Any:
+        out, lse = pydecode.merge_states(outs, lses, **more)
         if backend == "triton":
             launch = module.CONFIGURATIONS[KEY]
             time.sleep(0.001 if launch == FAST else 0.03)
             if launch == WRONG:
-                out = out + 1
+                out += 1
         return out, lse
 
     for place in (checking, tune):

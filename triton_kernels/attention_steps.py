@@ -7,7 +7,7 @@ p = 2^(scale * (s - max)). A negative softmax scale is q's sign, see ``decode_at
 import triton
 import triton.language as tl
 
-from .numerics import dot, narrowed, tanh
+from .numerics import decoded, dot, narrowed, tanh
 
 
 @triton.jit
@@ -37,12 +37,79 @@ def ones(x):
 
 
 @triton.jit
-def scores(q, k, factor, cap, CAPPED: tl.constexpr):
-    s = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32))
+def place(positions, table, seen, b, num_pages, PAGE: tl.constexpr):
+    """Page and slot of request b's cached positions, and which of those ``seen`` are mapped."""
+    if table is None:  # a request is its own page
+        page, slot = tl.zeros_like(positions).to(tl.int64) + b, positions.to(tl.int64)
+    else:
+        page = tl.load(table + positions // PAGE, mask=seen, other=-1).to(tl.int64)
+        seen = (page >= 0) & (page < num_pages)
+        page, slot = tl.where(seen, page, 0), (positions % PAGE).to(tl.int64)
+    return page, slot, seen
+
+
+@triton.jit
+def place_full(t, o_n, table, b, num_pages, PAGE: tl.constexpr, BN: tl.constexpr):
+    """``place`` of a tile that every row sees; without a table all is mapped."""
+    if table is None:
+        page, slot, mapped = b + tl.zeros_like(o_n), t.to(tl.int64) * BN + o_n, o_n >= 0
+    elif PAGE % BN == 0:  # one page
+        page = tl.load(table + t // (PAGE // BN)).to(tl.int64) + tl.zeros_like(o_n)
+        slot = ((t % (PAGE // BN)) * BN + o_n).to(tl.int64)
+        mapped = (page >= 0) & (page < num_pages)
+        page = tl.where(mapped, page, 0)
+    else:
+        page = tl.load(table + (t * BN + o_n) // PAGE).to(tl.int64)
+        slot = ((t * BN + o_n) % PAGE).to(tl.int64)
+        mapped = (page >= 0) & (page < num_pages)
+        page = tl.where(mapped, page, 0)
+    return page, slot, mapped
+
+
+@triton.jit
+def read(x, rows, mapped, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BN, BLOCK_D] from row offsets; 0 where not mapped (None: all are) and past D."""
+    o_d = tl.arange(0, BLOCK_D)
+    pointers = x + rows[:, None] + o_d[None, :]
+    if mapped is None and D >= BLOCK_D:
+        b_x = tl.load(pointers)
+    elif mapped is None:
+        b_x = tl.load(pointers, mask=(o_d < D)[None, :], other=0)
+    elif D >= BLOCK_D:
+        b_x = tl.load(pointers, mask=mapped[:, None], other=0)
+    else:
+        b_x = tl.load(pointers, mask=mapped[:, None] & (o_d < D)[None, :], other=0)
+    return b_x
+
+
+@triton.jit
+def scores(
+    b_q, q, valid, k, rows, mapped, factor, cap, CAPPED: tl.constexpr, SIGN: tl.constexpr,
+    FORM: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """q k^T of one tile of keys. With a CHUNK, q is read again, so many head dims at a time:
+    whole rows of fp32 do not fit the registers that a dot without matrix units takes."""
+    if CHUNK == 0:
+        b_k = decoded(read(k, rows, mapped, D, BLOCK_D), FORM, b_q.dtype)
+        s = dot(b_q, tl.trans(b_k), tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32))
+    else:
+        o_c = tl.arange(0, CHUNK)
+        s = tl.zeros([q.shape[0], rows.shape[0]], tl.float32)
+        for d in tl.range(0, D, CHUNK):
+            seen = valid[:, None] & (d + o_c < D)[None, :]
+            part = tl.load(q[:, None] + d + o_c[None, :], mask=seen, other=0)
+            seen = (d + o_c < D)[None, :]
+            if mapped is not None:
+                seen = seen & mapped[:, None]
+            b_k = tl.load(k + d + rows[:, None] + o_c[None, :], mask=seen, other=0)
+            b_k = decoded(b_k, FORM, part.dtype)
+            s = dot(part, tl.trans(b_k), s)
+        if SIGN != 1:
+            s = s * SIGN
     if factor is not None:
         s = s * factor
     if CAPPED:
-        s = tanh(s * cap, q.dtype == tl.float32)
+        s = tanh(s * cap, q.dtype.element_ty == tl.float32)
     return s
 
 

@@ -33,20 +33,15 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """q [B, N, Hq, D] -> out [B, N, Hq, Dv], lse [B, Hq, N]; packed q [total, Hq, D] likewise."""
     return decode_attention(
-        *(q, k_cache, v_cache, k, v),
-        mask=mask,
-        causal=(causal, None),
-        length=(cache_seqlens, cache_seqlens_tensor),
-        block_table=block_table,
-        count=(num_tokens, num_tokens_tensor),
-        positions=positions,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        window_size=window_size,
-        sinks=sinks,
-        k_scale=(k_scale, k_scale_tensor),
-        v_scale=(v_scale, v_scale_tensor),
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        return_lse=return_lse,
+        *(q, k_cache, v_cache, k, v, mask),
+        (causal, None),
+        (cache_seqlens, cache_seqlens_tensor),
+        *((-1, None), (0, None), (1, None)),  # no hole, no start, no branches
+        block_table,
+        (num_tokens, num_tokens_tensor),
+        *(positions, softmax_scale, softcap, window_size, sinks),
+        (k_scale, k_scale_tensor),
+        (v_scale, v_scale_tensor),
+        *(cu_seqlens_q, max_seqlen_q, return_lse),
+        block=False,
     )

@@ -55,8 +55,13 @@ class Method(NamedTuple):
     baseline: bool = False
 
 
-def show(console: Console, *, max_new_tokens: int, rounds: int) -> Shown:
-    """Runs every method on every prompt, streams one answer each, prints the tables."""
+def show(
+    console: Console, *, max_new_tokens: int, rounds: int, backend: str | None = None
+) -> Shown:
+    """Runs every method on every prompt, streams one answer each, prints the tables.
+
+    ``backend``: of attention; the model moves to the GPU if that backend runs there alone.
+    """
     if importlib.util.find_spec("transformers"):  # its bars would run through ours
         importlib.import_module("transformers.utils.logging").disable_progress_bar()
     with _progress(console) as progress:
@@ -66,6 +71,9 @@ def show(console: Console, *, max_new_tokens: int, rounds: int) -> Shown:
             total=None,
         )
         lm, tokenizer = smollm2.load(torch.float32)
+    lm.backend = backend
+    if backend in ("triton", "cuda") and torch.cuda.is_available():
+        lm.model.to("cuda")
     prompts = {
         "chat": _chat(tokenizer, CHAT, ""),
         "rewrite": _chat(tokenizer, REWRITE, REWRITE_PREFIX),
@@ -156,7 +164,7 @@ def _hugging_face(lm: Any, lookup: int | None) -> Callable[..., Outcome]:
             rows.append(kwargs["input_ids"].shape[1])
 
         extra = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=lm.device)
         hook = lm.model.register_forward_pre_hook(count_rows, with_kwargs=True)
         lm.model.set_attn_implementation("sdpa")
         try:

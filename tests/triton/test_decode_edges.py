@@ -1,5 +1,6 @@
 """The decode kernel's edges: bad device data, NaN, fp8 codes, batches, launches, choices."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from attention_calls import cumulative, make
 from examples import EXAMPLES
 from oracle_attention import assert_close, verify
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydecode
+from pydecode import binding
 from pydecode.check.compare import same_bits
 
 TREE, BLOCK, BRANCH = "tree_attention", "block_attention", "branch_attention"
@@ -115,25 +118,98 @@ def test_every_fp8_code(fp8: torch.dtype) -> None:
         )
 
 
-def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, or two with splits."""
-    from pydecode.triton_kernels import decode_attention
+PACKED = dict(cu_seqlens_q=cumulative([2, 0, 3]), max_seqlen_q=5)
+WIDE = dict(pages=1, page_size=1)  # so many rows that the context is not split
+LAUNCHES: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {
+    "tree": (TREE, dict(B=1), {}, ["decode", "combine"]),
+    "tree, one part": (TREE, dict(B=1, N=257, **WIDE), {}, ["decode"]),
+    "block": (BLOCK, dict(replace_at=2), {}, ["decode", "combine"]),
+    "branch": (BRANCH, dict(K=2), {}, ["decode", "combine"]),
+    "packed": (TREE, {}, PACKED, ["decode", "combine"]),
+    "packed, one part": (TREE, WIDE, PACKED | dict(max_seqlen_q=300), ["decode", "clear"]),
+    "merge": ("merge_states", {}, {}, ["merge"]),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_launches(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most two of ours, and none of torch: it only makes room."""
+    from pydecode.triton_kernels import decode_attention, merge_states
 
     count = []
-    for name in ("decode", "combine"):
-        kernel = getattr(decode_attention, name)
 
-        class Counted:
-            def __getitem__(self, grid: Any, kernel: Any = kernel, name: str = name) -> Any:
-                count.append(name)
-                return kernel[grid]
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name = name
 
-        monkeypatch.setattr(decode_attention, name, Counted())
-    call(TREE, *make(TREE, 1, 2, 1, 1, dtype=FP32))
-    assert count == ["decode", "combine"]
-    count.clear()
-    call(TREE, *make(TREE, 1, 257, 1, 1, dtype=torch.float16, pages=1, page_size=1))
-    assert count == ["decode"]
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: count.append(self.name)
+
+    class Torch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            if func.overloadpacket._qualified_op_name not in ("aten::empty", "aten::new_empty"):
+                count.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for name in ("decode", "combine", "clear"):
+        monkeypatch.setattr(decode_attention, name, Counted(name))
+    monkeypatch.setattr(merge_states, "merge", Counted("merge"))
+    op, sizes, more, want = LAUNCHES[case]
+    args: list[Any] = [torch.randn(2, 3, 4, 1, 16), torch.randn(2, 3, 1, 4)]
+    kwargs: dict[str, Any] = {}
+    if op != "merge_states":
+        args, kwargs = make(op, **{"dtype": FP32, "Hq": 2, "Hkv": 1, **sizes})
+    if more:
+        args = [x if i in (1, 2) else x.flatten(0, 1)[:5] for i, x in enumerate(args)]
+    schema: list[Any] = []
+    monkeypatch.setattr(binding, "call", lambda op, run, *args, **out: schema.extend([run, *args]))
+    with contextlib.suppress(TypeError):  # nothing comes back
+        getattr(pydecode, op)(*args, **kwargs, **more, backend="triton")
+    with Torch():
+        schema[0](*schema[1:])
+    assert count == want
+
+
+@pytest.mark.parametrize("N", [5, 300])
+def test_rows_of_no_request(N: int) -> None:
+    """Between requests, behind the last and past max_seqlen_q; with splits and without."""
+    args, kwargs = make(TREE, 3, 20, dtype=FP32, Hq=2, Hkv=1)
+    args = [x if i in (1, 2) else x.flatten(0, 1) for i, x in enumerate(args)]
+    kwargs |= dict(cu_seqlens_q=torch.tensor([3, 5, 5, 41]), max_seqlen_q=N, mask="causal")
+    want = pydecode.tree_attention(*args, **kwargs, return_lse=True)
+    for x, y in zip(call(TREE, args, kwargs), want):
+        torch.testing.assert_close(x, y)
+    kwargs["cu_seqlens_q"] = torch.tensor([0, 9, -3, 2**40])
+    want = pydecode.tree_attention(*args, **kwargs, return_lse=True)
+    for x, y in zip(call(TREE, args, kwargs), want):
+        torch.testing.assert_close(x, y)
+
+
+def test_layouts_whose_last_dimension_is_strided() -> None:
+    """Tables, masks and bounds are made dense each time: a plan of before knows them."""
+    args, kwargs = make(TREE, dtype=FP32, mask=torch.rand(3, 5, 5) < 0.5)
+    kwargs["block_table"] = kwargs["block_table"].repeat_interleave(2, 1)[:, ::2]
+    for _ in range(2):
+        verify(TREE, args, kwargs, "triton")
+
+
+def test_plans_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same shapes with other numbers, options and addresses, one after the other, twice."""
+    args, kwargs = make(TREE, dtype=FP32, D=32, cache_seqlens=6)
+    bare = torch.zeros(args[0].numel() + 1)[1:].view_as(args[0])
+    others: list[tuple[list[Any], dict[str, Any]]] = [
+        (args, kwargs),
+        (args, kwargs | dict(cache_seqlens=3)),
+        (args, kwargs | dict(cache_seqlens=torch.tensor(4))),
+        (args, kwargs | dict(softmax_scale=-0.5)),
+        (args, kwargs | dict(num_tokens=2)),
+        (args, kwargs | dict(window_size=2)),
+        (args, kwargs | dict(window_size=3)),
+        ([bare.copy_(args[0]), *args[1:]], kwargs),
+    ]
+    for _ in range(2):
+        for given in others:
+            verify(TREE, *given, "triton")
 
 
 def test_out_is_written_between_its_guards() -> None:
