@@ -7,6 +7,7 @@ from .branch_attention import branch_attention
 from .commit import commit
 from .commit_kv import commit_kv
 from .coupled_accept import coupled_accept
+from .earn_credit import earn_credit
 from .jacobi_step import jacobi_step
 from .merge_states import merge_states
 from .ngram_pool import NgramPool
@@ -41,6 +42,7 @@ __all__ = [
     "commit",
     "commit_kv",
     "coupled_accept",
+    "earn_credit",
     "jacobi_step",
     "merge_states",
     "ranked_attention",

@@ -14,6 +14,8 @@ from .reference.unmask import Result
 from .results import Unmasked
 from .validation import expect_index
 
+HAS = ("reference", "triton")
+
 
 def commit(
     tokens: Tensor,
@@ -76,6 +78,9 @@ def commit(
     B, device = tokens.shape[0], tokens.device
     proposals = expect_index("proposals", proposals, tokens.shape, "[B, L]", device)
     scores = arguments.expect_scores("scores", scores, tokens)
+    chosen = choose("commit", backend, HAS, scores)
+    if external_score is not None:
+        choose("commit", backend, HAS, external_score)  # of a dtype that kernels compare
     args = (
         *(tokens, proposals, scores, arguments.token_id("mask_id", mask_id)),
         *arguments.window_of(window, B, device),
@@ -97,7 +102,7 @@ def commit(
         *arguments.seeds(seed, offset, B, device),
         arguments.row_positions(positions, tokens.shape, "[B, L]", device),
         arguments.row_uniforms(uniforms, tokens.shape, "[B, L]", device),
-        choose("commit", backend),
+        chosen,
     )
     return Unmasked(*binding.call(_op, _run, *args))
 
@@ -106,7 +111,11 @@ def _run(*args: Any) -> Result:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.commit(*args)
-    raise unavailable("commit", backend)
+    if backend == "triton":
+        from .triton_kernels import commit as triton
+
+        return triton.commit(*args)
+    raise unavailable("commit", backend, HAS)
 
 
 def _fake(tokens: Tensor, proposals: Tensor, scores: Tensor, *args: Any) -> Result:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import binding
 from . import sampling_arguments as arguments
-from .backends import choose, unavailable
+from .backends import choose, triton_kernels, unavailable
 from .reference import coupled_accept as reference
 from .validation import (
     checking,
@@ -18,6 +18,8 @@ from .validation import (
     expect_shape,
     number,
 )
+
+HAS = ("reference", "triton")
 
 
 def coupled_accept(
@@ -94,7 +96,7 @@ def coupled_accept(
         *arguments.seeds(seed, offset, B, device),
         arguments.row_positions(positions, (B, M), "[B, M]", device),
         bool(force_first),
-        choose("coupled_accept", backend),
+        choose("coupled_accept", backend, HAS, draft_logits),
     )
     result: Tensor = binding.call(_op, _run, *args)
     return result
@@ -104,6 +106,8 @@ def _run(*args: Any) -> Tensor:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.coupled_accept(*args)
+    if backend == "triton":
+        return triton_kernels("coupled_accept").coupled_accept(*args)
     raise unavailable("coupled_accept", backend)
 
 

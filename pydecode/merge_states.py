@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import binding
-from .backends import choose, unavailable
+from .attention_arguments import run_into
+from .backends import choose, triton_kernels, unavailable
 from .reference import merge_states as reference
 from .reference.numbers import compute_dtype
 from .validation import (
@@ -29,7 +31,10 @@ def merge_states(
     *,
     temperatures: Tensor | None = None,
     scales: Tensor | None = None,
+    mask: Tensor | None = None,
     log_base: float = math.e,
+    out: Tensor | None = None,
+    out_lse: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Merges M attention results over parts of a context into the result over all of it.
@@ -45,8 +50,11 @@ def merge_states(
             branches [B, K, L, H, D]; a sequence, or one tensor with M in front. fp16 to fp64.
         lses: their [B, H, N], [H, total] or [B, K, H, L], fp32 (fp64 for fp64 outs), any strides.
         temperatures, scales: [M] floats; None: 1.
+        mask: bool [B, N], packed [total], or [B, K, L]: the rows to merge; others are part 0's, bit
+            for bit. None: all.
         log_base: of the log-sum-exps, given and returned; a Python number above 1, such as
             FlashInfer's 2.
+        out, out_lse: the results go there, and are returned; may be one of the parts.
 
     Returns:
         out in the dtype and shape of a part, and lse, fp32 (fp64 for fp64 parts). A part whose lse
@@ -92,12 +100,31 @@ def merge_states(
             expect_dtype(name, weight, FLOATS)
             expect_device(name, weight, first.device)
         weights.append(weight)
+    if mask is not None:
+        mask = expect_tensor("mask", mask)
+        expect_dtype("mask", mask, (torch.bool,))
+        expect_shape("mask", mask, first.shape[:-2], "[..., N]")
+        expect_device("mask", mask, first.device)
     log_base = static_number("log_base", log_base)
     if log_base <= 1:
         raise ValueError(f"log_base: expected a number above 1, got {log_base}")
     chosen = choose("merge_states", backend, HAS, first)
-    args = (parts, logs, *weights, log_base, chosen)
-    return binding.call(_op, _run, *args)
+    args = (parts, logs, *weights, mask, log_base, chosen)
+    if out is None and out_lse is None:
+        return binding.call(_op, _run, *args)
+    given = []
+    for name, x, like in (("out", out, first), ("out_lse", out_lse, logs[0])):
+        if x is None:
+            x = like.new_empty(like.shape)
+        else:
+            x = expect_tensor(name, x)
+            expect_shape(name, x, like.shape, "a part's")
+            expect_dtype(name, x, (like.dtype,))
+            expect_device(name, x, like.device)
+        given.append(x)
+    expect_last_contiguous("out", given[0])
+    binding.call(_op_out, run_into(_run), *args, out_out=given[0], out_lse=given[1])
+    return given[0], given[1]
 
 
 def _parts(name: str, parts: Any) -> list[Tensor]:
@@ -115,9 +142,7 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.merge_states(*args)
     if backend == "triton":
-        from .triton_kernels import merge_states as triton
-
-        return triton.merge_states(*args)
+        return triton_kernels("merge_states").merge_states(*args)
     raise unavailable("merge_states", backend, HAS)
 
 
@@ -127,3 +152,4 @@ def _fake(outs: list[Tensor], lses: list[Tensor], *args: Any) -> tuple[Tensor, T
 
 
 _op = binding.bind("merge_states", _run, _fake)
+_op_out = binding.bind_out("merge_states", run_into(_run))

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from . import binding
 from . import verification_arguments as arguments
-from .backends import choose, unavailable
+from .backends import choose, triton_kernels, unavailable
 from .reference import rejection_sample as reference
 from .results import Verified
 from .validation import checking, expect_choice, expect_tensor
+
+HAS = ("reference", "triton")
 
 
 def rejection_sample(
@@ -121,8 +123,8 @@ def rejection_sample(
     )
     count = arguments.num_drafts_of(num_drafts, sizes, device)
     expect_choice("rule", rule, ("token", "block"))
+    target = target_logits if target_logits is not None else target_probs
     if checking():
-        target = target_logits if target_logits is not None else target_probs
         draft = draft_logits if draft_logits is not None else draft_probs
         rows = (expect_tensor("target", target), row_index, draft, draft_row_index, draft_vocab)
         arguments.check_data(draft_tokens, count, V, *rows, first=0)
@@ -135,7 +137,8 @@ def rejection_sample(
         *arguments.draft_temperature_of(draft_temperature, temperature, sizes.B, device),
         *(bool(filter_draft), rule),
         *arguments.random(seed, offset, positions, uniforms, sizes, device),
-        *(bool(return_logprobs), bool(return_num_passed), choose("rejection_sample", backend)),
+        *(bool(return_logprobs), bool(return_num_passed)),
+        choose("rejection_sample", backend, HAS, target),
     )
     tokens, num_accepted, path, logprobs, num_passed = binding.call(_op, _run, *args)
     verified = Verified(tokens, num_accepted, path, logprobs if return_logprobs else None)
@@ -146,6 +149,8 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.rejection_sample(*args)
+    if backend == "triton":
+        return triton_kernels("rejection_sample").rejection_sample(*args)
     raise unavailable("rejection_sample", backend)
 
 

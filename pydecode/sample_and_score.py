@@ -22,6 +22,8 @@ from .validation import (
     expect_tensor,
 )
 
+HAS = ("reference", "triton")
+
 
 def sample_and_score(
     logits: Tensor,
@@ -40,6 +42,7 @@ def sample_and_score(
     positions: Tensor | None = None,
     uniforms: Tensor | None = None,
     row_index: Tensor | None = None,
+    probs: bool = False,
     filter_order: str = "top_k_first",
     bias_ids: Tensor | None = None,
     bias: Tensor | None = None,
@@ -79,6 +82,8 @@ def sample_and_score(
             so that an engine's packed rows need no copy. Results, and all that is [...] above, have
             its shape, [B] or [..., L]. -1 is no row: nothing is read, token -1, confidence and lse
             -inf. So is a row outside [0, rows), which is bad device data.
+        probs: the rows are probabilities, read as logits log p: they need not sum to 1, lse is the
+            logarithm of their sum, and a row with a negative entry is like one with a NaN.
         filter_order: "top_k_first": top-p acts on what top-k left, renormalised. "joint": both act
             on the whole law, as FlashInfer's "joint" and Dream's top-p-then-top-k do. min-p is
             relative to the largest, so the same in both.
@@ -131,8 +136,8 @@ def sample_and_score(
         uniforms=uniforms,
         check=checking(),
     )
-    args = (logits, row_index, *sampling, choose("sample_and_score", backend))
-    return Scores(*binding.call(_op, _run, *args))
+    chosen = choose("sample_and_score", backend, HAS, logits)
+    return Scores(*binding.call(_op, _run, logits, row_index, bool(probs), *sampling, chosen))
 
 
 def _expect_rows(row_index: Any, logits: Tensor) -> torch.Size:
@@ -150,7 +155,11 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.sample_and_score(*args)
-    raise unavailable("sample_and_score", backend)
+    if backend == "triton":
+        from .triton_kernels import sample_and_score as triton
+
+        return triton.sample_and_score(*args)
+    raise unavailable("sample_and_score", backend, HAS)
 
 
 def _fake(logits: Tensor, row_index: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -291,6 +291,16 @@ def window_of(window: Any, B: int, device: torch.device) -> tuple[int, Tensor | 
     return (*number("window", start, B, device, kind=int), length)
 
 
+def masked_rows(masked: Any, tokens: Tensor) -> Tensor | None:
+    if masked is None:
+        return None
+    masked = expect_tensor("masked", masked)
+    expect_dtype("masked", masked, (torch.bool,))
+    expect_shape("masked", masked, tokens.shape, "[B, L]")
+    expect_device("masked", masked, tokens.device)
+    return masked
+
+
 def external_scores(external_score: Any, rule: str, tokens: Tensor) -> Tensor | None:
     if external_score is None:
         if rule == "external":

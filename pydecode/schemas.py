@@ -48,7 +48,7 @@ _RULE = (
     "float keep, Tensor? keep_tensor, bool strict, int min_commit, int max_commit"
 )
 _UNMASKED = (
-    "(Tensor tokens, Tensor committed, Tensor num_committed, Tensor num_left, Tensor confidence)"
+    "(Tensor tokens, Tensor committed, Tensor num_committed, Tensor num_left, Tensor confidence"
 )
 
 SCHEMAS: dict[str, str] = {
@@ -80,8 +80,8 @@ SCHEMAS: dict[str, str] = {
         f"int max_seqlen_k, bool return_lse, str backend) -> {_OUT_LSE}"
     ),
     "merge_states": (
-        "(Tensor[] outs, Tensor[] lses, Tensor? temperatures, Tensor? scales, float log_base, "
-        f"str backend) -> {_OUT_LSE}"
+        "(Tensor[] outs, Tensor[] lses, Tensor? temperatures, Tensor? scales, Tensor? mask, "
+        f"float log_base, str backend) -> {_OUT_LSE}"
     ),
     # verification of drafts
     "verify_greedy": (
@@ -118,22 +118,27 @@ SCHEMAS: dict[str, str] = {
     ),
     # diffusion
     "sample_and_score": (
-        f"(Tensor logits, Tensor? row_index, {_ROW_SAMPLING}, str backend) "
+        f"(Tensor logits, Tensor? row_index, bool probs, {_ROW_SAMPLING}, str backend) "
         "-> (Tensor tokens, Tensor confidence, Tensor lse)"
     ),
     "unmask": (
-        "(Tensor tokens, Tensor logits, int mask_id, int shift, SymInt window_start, "
-        f"Tensor? window_start_tensor, int window_length, Tensor? external_score, {_RULE}, "
-        f"{_ROW_SAMPLING}, str backend) -> {_UNMASKED}"
+        "(Tensor tokens, Tensor logits, int mask_id, Tensor? masked, int shift, "
+        "SymInt window_start, Tensor? window_start_tensor, int window_length, "
+        f"Tensor? external_score, {_RULE}, {_ROW_SAMPLING}, bool return_proposals, str backend) "
+        f"-> {_UNMASKED}, Tensor proposals)"
     ),
     "commit": (
         "(Tensor tokens, Tensor proposals, Tensor scores, int mask_id, SymInt window_start, "
         f"Tensor? window_start_tensor, int window_length, Tensor? external_score, {_RULE}, "
-        f"{_SEEDS}, Tensor? positions, Tensor? uniforms, str backend) -> {_UNMASKED}"
+        f"{_SEEDS}, Tensor? positions, Tensor? uniforms, str backend) -> {_UNMASKED})"
     ),
     "remask": (
         "(Tensor tokens, Tensor scores, SymInt r, Tensor? r_tensor, int mask_id, str backend) "
         "-> Tensor"
+    ),
+    "earn_credit": (
+        "(Tensor(a!) credit_ids, Tensor(b!) credit, Tensor tokens, Tensor confidence, "
+        "Tensor? alive, float gamma, float decay, float alpha, str backend) -> Tensor"
     ),
     "soft_embed": (
         "(Tensor logits, Tensor embedding, int mask_id, float top_p, Tensor? top_p_tensor, "
@@ -169,6 +174,7 @@ OUT_OVERLOADS = (
     "block_attention",
     "branch_attention",
     "ranked_attention",
+    "merge_states",
     "unmask",
 )
 

@@ -11,6 +11,8 @@ from .reference import soft_embed as reference
 from .reference.numbers import compute_dtype
 from .validation import FLOATS, expect_device, expect_dim, expect_dtype, expect_tensor, number
 
+HAS = ("reference", "triton")
+
 
 def soft_embed(
     logits: Tensor,
@@ -60,12 +62,14 @@ def soft_embed(
             f"embedding: expected at least V = {V} rows, got shape {list(embedding.shape)}"
         )
     expect_device("embedding", embedding, logits.device)
+    chosen = choose("soft_embed", backend, HAS, logits)
+    choose("soft_embed", backend, HAS, embedding)
     B = arguments.batch_of(logits.shape[:-1])
     args = (
         *(logits, embedding, arguments.token_id("mask_id", mask_id, embedding.shape[0])),
         *number("top_p", 1.0 if top_p is None else top_p, B, logits.device),
         *number("ratio", ratio, B, logits.device, minimum=0),
-        choose("soft_embed", backend),
+        chosen,
     )
     embeddings, entropy = binding.call(_op, _run, *args)
     return embeddings, entropy
@@ -75,7 +79,11 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.soft_embed(*args)
-    raise unavailable("soft_embed", backend)
+    if backend == "triton":
+        from .triton_kernels import soft_embed as triton
+
+        return triton.soft_embed(*args)
+    raise unavailable("soft_embed", backend, HAS)
 
 
 def _fake(logits: Tensor, embedding: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

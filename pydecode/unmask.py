@@ -14,12 +14,15 @@ from .reference.numbers import compute_dtype
 from .results import Unmasked
 from .validation import checking, expect_device, expect_dim, expect_shape
 
+HAS = ("reference", "triton")
+
 
 def unmask(
     tokens: Tensor,
     logits: Tensor,
     *,
     mask_id: int,
+    masked: Tensor | None = None,
     rule: str = "top_k",
     shift: int = 0,
     window: tuple[int | Tensor, int] | None = None,
@@ -50,8 +53,9 @@ def unmask(
     filter_order: str = "top_k_first",
     bias_ids: Tensor | None = None,
     bias: Tensor | None = None,
+    return_proposals: bool = False,
     backend: str | None = None,
-) -> Unmasked:
+) -> Any:
     """Fills some masked positions of a window from one forward's logits.
 
     Each masked row of the window gets a token and a confidence c, as in ``sample_and_score``, and a
@@ -83,6 +87,8 @@ def unmask(
             is position start[b] + j; or with ``shift=1`` [B, length+1, V], which start one earlier.
             fp16, bf16, fp32 or fp64; any strides but the last.
         mask_id: counts as a logit of -inf, like ``exclude_ids``; outside [0, V) nothing is.
+        masked: [B, L] bool, the masked rows, whatever their tokens: for an engine that keeps track
+            of them itself. None: those that equal ``mask_id``.
         shift: 1 takes position i's token from row i-1, the first from its own first row (Dream,
             Fast-dLLM v2), without a copy. [B, length, V] gives the window's first position its own
             first row.
@@ -102,12 +108,15 @@ def unmask(
         filter_order, bias_ids, bias: as in ``sample_and_score``. A bias belongs to its row of
             logits, not to the position that the token goes to: [B, L|length|length+1, n], as many
             rows as the logits have.
+        return_proposals: also what every row that was read proposes, committed or not.
 
     Returns:
         ``Unmasked(tokens, committed, num_committed, num_left, confidence)``: [B, L] int64, [B, L]
         bool, [B] int32, masks left in the window [B] int32, and [B, L] fp32 (fp64 for fp64 logits),
         -inf where no row was read. A masked row with a NaN or with nothing allowed never commits,
-        has confidence -inf, and ends a prefix.
+        has confidence -inf, and ends a prefix. With ``return_proposals`` a pair (Unmasked,
+        int64 [B, L]): the token of each masked row of the window, ``tokens`` in the others and
+        where nothing could be chosen.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, stride or choice that does not fit, by name.
@@ -131,8 +140,11 @@ def unmask(
     where = arguments.window_of(window, B, device)
     _expect_rows(logits, B, L, where[2], shift)
     expect_device("tokens", tokens, device)
+    chosen = choose("unmask", backend, HAS, logits)
+    if external_score is not None:
+        choose("unmask", backend, HAS, external_score)  # of a dtype that kernels compare
     args = (
-        *(tokens, logits, mask_id, shift, *where),
+        *(tokens, logits, mask_id, arguments.masked_rows(masked, tokens), shift, *where),
         arguments.external_scores(external_score, rule, tokens),
         *arguments.rule_arguments(
             rule,
@@ -174,16 +186,21 @@ def unmask(
             uniforms=uniforms,
             check=checking(),
         ),
-        choose("unmask", backend),
+        bool(return_proposals),
+        chosen,
     )
     if out is None:
-        return Unmasked(*binding.call(_op, _run, *args))
+        *results, proposals = binding.call(_op, _run, *args)
+        result = Unmasked(*results)
+        return (result, proposals) if return_proposals else result
     out = arguments.expect_tokens("out", out)
     expect_shape("out", out, (B, L), "[B, L]")
     expect_device("out", out, device)
-    result = Unmasked(out, *_fake(*args)[1:])
-    binding.call(_op_out, _run_out, *args, **{f"out_{n}": x for n, x in result._asdict().items()})
-    return result
+    _, *fresh, proposals = _fake(*args)
+    result = Unmasked(out, *fresh)
+    given = result._asdict() | {"proposals": proposals}
+    binding.call(_op_out, _run_out, *args, **{f"out_{name}": x for name, x in given.items()})
+    return (result, proposals) if return_proposals else result
 
 
 def _expect_rows(logits: Tensor, B: int, L: int, length: int, shift: int) -> None:
@@ -200,26 +217,38 @@ def _expect_rows(logits: Tensor, B: int, L: int, length: int, shift: int) -> Non
         )
 
 
-def _run(*args: Any) -> reference.Result:
+def _run(*args: Any) -> reference.Proposed:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.unmask(*args)
-    raise unavailable("unmask", backend)
+    if backend == "triton":
+        from .triton_kernels import unmask as triton
+
+        return triton.unmask(*args)
+    raise unavailable("unmask", backend, HAS)
 
 
 def _run_out(*args: Any, **out: Tensor) -> None:
-    for result, given in zip(_run(*args), out.values()):
-        given.copy_(result)
+    given = tuple(out.values())
+    if args[-1] == "triton" and all(x.is_contiguous() for x in given[1:]):
+        from .triton_kernels import unmask as triton
+
+        triton.unmask(*args[:-1], into=given)
+        return
+    for result, x in zip(_run(*args), given):
+        x.copy_(result)
 
 
-def _fake(tokens: Tensor, logits: Tensor, *args: Any) -> reference.Result:
+def _fake(tokens: Tensor, logits: Tensor, *args: Any) -> reference.Proposed:
     B, L = tokens.shape
+    *_, return_proposals, _ = args
     return (
         tokens.new_empty((B, L)),
         tokens.new_empty((B, L), dtype=torch.bool),
         tokens.new_empty((B,), dtype=torch.int32),
         tokens.new_empty((B,), dtype=torch.int32),
         tokens.new_empty((B, L), dtype=compute_dtype(logits.dtype)),
+        tokens.new_empty((B, L) if return_proposals else (0,)),
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import binding
 from . import verification_arguments as arguments
-from .backends import choose, unavailable
+from .backends import choose, triton_kernels, unavailable
 from .reference import verify_greedy as reference
 from .results import Verified
 from .validation import (
@@ -24,6 +24,8 @@ from .validation import (
     number,
     static_number,
 )
+
+HAS = ("reference", "triton")
 
 
 def verify_greedy(
@@ -134,7 +136,7 @@ def verify_greedy(
         static_number("posterior_threshold", posterior_threshold, minimum=0),
         static_number("posterior_alpha", posterior_alpha, minimum=0),
         *number("temperature", temperature, sizes.B, device, minimum=0),
-        *(row_index, allowed, bool(first_match), choose("verify_greedy", backend)),
+        *(row_index, allowed, bool(first_match), choose("verify_greedy", backend, HAS, target)),
     )
     return Verified(*binding.call(_op, _run, *args))
 
@@ -155,6 +157,8 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.verify_greedy(*args)
+    if backend == "triton":
+        return triton_kernels("verify_greedy").verify_greedy(*args)
     raise unavailable("verify_greedy", backend)
 
 

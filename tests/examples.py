@@ -90,6 +90,7 @@ def merge_states() -> Call:
         dict(
             temperatures=torch.tensor([1.0, 0.9, 0.8]),
             scales=torch.tensor([1.0, 1.0, 0.7]),
+            mask=torch.rand(2, 5) < 0.7,
             log_base=2.0,
         ),
     )
@@ -271,6 +272,8 @@ def unmask() -> Call:
             filter_order="joint",
             bias_ids=torch.randint(-1, 10, (2, 5, 3)),
             bias=torch.randn(2, 5, 3),
+            masked=torch.rand(2, 6) < 0.7,
+            return_proposals=True,
             seed=11,
             offset=torch.tensor(2),
         ),
@@ -294,6 +297,19 @@ def remask() -> Call:
         pydecode.remask,
         (torch.tensor([[1, 9, 2, 3], [9, 9, 9, 4]]), torch.rand(2, 4)),
         dict(r=torch.tensor([2, 3]), mask_id=9),
+    )
+
+
+def earn_credit() -> Call:
+    return (
+        pydecode.earn_credit,
+        (
+            torch.tensor([[[4, -1], [2, 3]], [[1, 2], [-1, -1]]], dtype=torch.int32),
+            torch.tensor([[[0.5, 0.0], [2.0, 1.0]], [[0.3, 0.2], [0.0, 0.0]]]),
+            torch.tensor([[4, 9], [3, -1]]),
+            torch.tensor([[0.9, 0.5], [0.8, -torch.inf]]),
+        ),
+        dict(alive=torch.tensor([[False, True], [False, False]]), gamma=0.3),
     )
 
 
@@ -367,6 +383,7 @@ EXAMPLES: dict[str, Callable[[], Call]] = {
     "unmask": unmask,
     "commit": commit,
     "remask": remask,
+    "earn_credit": earn_credit,
     "soft_embed": soft_embed,
     "coupled_accept": coupled_accept,
     "rejection_sample_tree": rejection_sample_tree,

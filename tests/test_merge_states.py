@@ -68,6 +68,46 @@ def test_against_the_oracle(shape: str, M: int, weighed: bool, backend: str) -> 
         assert_close(lse, want[1])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("into", ["nothing", "out", "out_lse", "memory", "part 0", "part 1"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mask_and_out(shape: str, into: str, compiled: bool, backend: str) -> None:
+    """Rows outside the mask are part 0's, bit for bit; what lies in ``out`` is not heard."""
+    outs, lses = (torch.randn(3, *s) * 3 for s in SHAPES[shape])
+    lses[torch.rand(lses.shape) < 0.3] = -torch.inf
+    outs[(lses == -torch.inf).transpose(-1, -2)] = torch.nan
+    mask = torch.rand(*outs.shape[1:-2], 2)[..., 1] < 0.5  # of any strides
+    want = oracle(outs, lses)
+    want = (
+        torch.where(mask[..., None, None], want[0].float(), outs[0]),
+        torch.where(mask.unsqueeze(-2), want[1].float(), lses[0]),
+    )
+    held = outs.clone(), lses.mT.contiguous().mT
+    fresh = torch.full_like(outs[0], torch.nan), torch.full_like(lses[0], 7.0)
+    place: dict[str, Any] = {
+        "out": dict(out=fresh[0]),
+        "out_lse": dict(out_lse=fresh[1]),
+        "memory": dict(out=fresh[0], out_lse=fresh[1]),
+        "part 0": dict(out=held[0][0], out_lse=held[1][0]),
+        "part 1": dict(out=held[0][1], out_lse=held[1][1]),
+    }.get(into, {})
+
+    def call(outs: Any, lses: Any, mask: Tensor, **place: Any) -> tuple[Tensor, Tensor]:
+        return merge_states(outs, lses, mask=mask, backend=backend, **place)
+
+    torch._dynamo.reset()
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    got = function([*held[0].unbind()], [*held[1].unbind()], mask, **place)
+    for name, x, y in zip(("out", "out_lse"), got, want):
+        torch.testing.assert_close(x, y, equal_nan=True)
+        kept = ~mask[..., None, None] if name == "out" else ~mask.unsqueeze(-2)
+        bits = [torch.where(kept, value, 0.0) for value in (x, y)]
+        torch.testing.assert_close(*bits, rtol=0, atol=0, equal_nan=True)
+        if name in place:
+            assert compiled or x is place[name]
+            torch.testing.assert_close(place[name], x, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -202,6 +242,13 @@ O, L = torch.zeros(2, 1, 3, 4, 8), torch.zeros(2, 1, 4, 3)
         (3, L, {}, TypeError, "outs: expected a tensor or tensors, got int"),
         (O, L, dict(scales=torch.ones(3)), ValueError, r"scales: expected shape \[M\]"),
         (O, L, dict(temperatures=0.9), TypeError, "temperatures: expected a tensor, got float"),
+        (O, L, dict(mask=torch.ones(1, 3)), TypeError, "mask: expected dtype bool"),
+        (O, L, dict(mask=torch.ones(3).bool()), ValueError, "mask: expected shape"),
+        (O, L, dict(out=O), ValueError, "out: expected shape"),
+        (O, L, dict(out=O[0].half()), TypeError, "out: expected dtype float32"),
+        (O, L, dict(out=O.mT.contiguous().mT[0]), ValueError, "out: expected the last dim"),
+        (O, L, dict(out_lse=L[0].mT), ValueError, "out_lse: expected shape"),
+        (O, L, dict(out_lse=L[0].double()), TypeError, "out_lse: expected dtype float32"),
         (O, L, dict(log_base=1), ValueError, "log_base: expected a number above 1, got 1.0"),
         (O, L, dict(log_base=torch.tensor(2)), TypeError, "log_base: expected a number, got T"),
         (O, L, dict(backend="none"), ValueError, "backend: expected None or one of"),

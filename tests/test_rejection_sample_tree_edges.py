@@ -145,3 +145,5 @@ def test_a_zero_residual_falls_back_to_p(rule: str, backend: str) -> None:
     chained = dict(tokens=tokens, parents=chain, rule=rule, backend=backend)
     out = run(law[:, :3], draft_logits=law[:, :3], **chained)
     assert outcome(out) == ([3, 3], [0, 1])
+    out = run(law[:, :3], draft_logits=law[:, :3], num_drafts=1, **chained)  # node 1 is a leaf
+    assert outcome(out) == ([3, 3], [0, 1])

@@ -144,6 +144,45 @@ def test_unmask_adds_the_bias_to_the_logits_rows(shift: int, rows: str, backend:
     assert not torch.equal(got.confidence, pydecode.unmask(tokens, logits, **given).confidence)
 
 
+# ---- probabilities -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_probabilities(dtype: torch.dtype, indexed: bool, backend: str) -> None:
+    """p / sum(p) is the law, log sum(p) the lse; an impossible token never comes out."""
+    rows = torch.rand(60, 12).to(dtype) * 5
+    rows[:, 4] = 0.0
+    rows[3, 5], rows[4], rows[5, 1] = torch.nan, 0.0, -1.0
+    index = torch.randint(60, (200,)) if indexed else torch.arange(60)
+    u = torch.rand(len(index)).double()
+    u[:3] = 0.0
+    given: dict[str, Any] = dict(temperature=1.0, probs=True, uniforms=u, backend=backend)
+    got = pydecode.sample_and_score(rows, row_index=index if indexed else None, **given)
+    for i, row in enumerate(rows[index].double()):
+        if int(index[i]) in (3, 4, 5):
+            assert got.tokens[i] == -1
+            assert got.confidence[i] == -INF
+            continue
+        at = row.cumsum(0) / row.sum()
+        near = (at - u[i]).abs().min() < 1e-5  # rounding may decide
+        assert near or got.tokens[i] == int((at > u[i]).int().argmax())
+        assert got.tokens[i] != 4
+        want = row[got.tokens[i]] / row.sum()
+        torch.testing.assert_close(got.confidence[i].double(), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.lse[i].double(), row.sum().log(), rtol=1e-5, atol=1e-6)
+
+
+def test_probabilities_are_logits_log_p(backend: str) -> None:
+    """Filters, temperatures, exclusions and biases act as on those logits."""
+    p = torch.randn(9, 3, 20).double().softmax(-1)
+    given: dict[str, Any] = dict(temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, exclude_ids=[2])
+    ids = torch.randint(0, 20, (9, 3, 2))
+    given.update(bias_ids=ids, bias=torch.randn(9, 3, 2).double(), confidence="margin", seed=3)
+    want = pydecode.sample_and_score(p.log(), backend=backend, **given)
+    equal(pydecode.sample_and_score(p, probs=True, backend=backend, **given), want)
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 IDS, ADD = torch.zeros(2, 3).long(), torch.zeros(2, 3)

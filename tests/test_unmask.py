@@ -41,15 +41,15 @@ def expected(
     start: Tensor,
     length: int,
     excluded: list[int],
+    is_mask: Tensor | None = None,
     **numbers: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """New tokens, masks left in the window, confidence; row_at(b, i) is i's row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New tokens, masks left in the window, confidence, proposals; row_at(b, i) is i's row."""
     out, left = tokens.clone(), torch.zeros(tokens.shape[0], dtype=torch.int32)
+    is_mask, proposals = tokens == MASK if is_mask is None else is_mask, tokens.clone()
     confidence = torch.full(tokens.shape, -INF, dtype=torch.float64)
     for b in range(tokens.shape[0]):
-        masked = [
-            bool(tokens[b, i] == MASK and start[b] <= i < start[b] + length) for i in range(L)
-        ]
+        masked = [bool(is_mask[b, i] and start[b] <= i < start[b] + length) for i in range(L)]
         scored = [
             score(row_at(b, i), excluded, rule.startswith("entropy")) if masked[i] else (-1, -INF)
             for i in range(L)
@@ -59,11 +59,13 @@ def expected(
             if chosen[i]:
                 out[b, i] = scored[i][0]
             confidence[b, i] = -INF if math.isnan(scored[i][1]) else scored[i][1]
+            if scored[i][0] >= 0:
+                proposals[b, i] = scored[i][0]
         left[b] = sum(masked) - sum(chosen)
-    return out, left, confidence
+    return out, left, confidence, proposals
 
 
-def check(got: pydecode.Unmasked, tokens: Tensor, want: tuple[Tensor, Tensor, Tensor]) -> None:
+def check(got: pydecode.Unmasked, tokens: Tensor, want: tuple[Tensor, ...]) -> None:
     assert torch.equal(got.tokens, want[0])
     assert torch.equal(got.committed, want[0] != tokens)
     assert torch.equal(got.num_committed, got.committed.sum(-1).int())
@@ -116,6 +118,38 @@ def test_rows_windows_and_shifts(rule: str, form: str, length: int | None, backe
     check(got, tokens, expected(tokens, row_at, rule, start, size, [1, MASK], **numbers))
     if length is None:
         assert not got.committed[1].any()
+
+
+@pytest.mark.parametrize("rule", ["top_k", "threshold", "entropy", "prefix", "segments"])
+@pytest.mark.parametrize("mask_id", [MASK, -1, V + 3])  # outside [0, V) nothing is excluded
+@pytest.mark.parametrize("in_place", [False, True])
+def test_masked_and_proposals(rule: str, mask_id: int, in_place: bool, backend: str) -> None:
+    """The rows named by ``masked`` are the masked ones, whatever their tokens."""
+    B = 40
+    tokens = torch.randint(V, V + 9, (B, L))  # no proposal, so that a commit is always a change
+    masked, start = torch.rand(B, L) < torch.rand(B, 1), torch.randint(-2, L, (B,))
+    logits = pool_rows(B, L)
+    logits[torch.rand(B, L) < 0.1] = torch.nan
+    numbers = dict(threshold=1.0 if rule == "entropy" else 0.55, k=2, low=0.3, slack=1e-5)
+    args = (tokens, lambda b, i: logits[b, i], rule, start, 5, [1, mask_id], masked)
+    want = expected(*args, **numbers)
+    numbers.update(mask_id=mask_id, masked=masked, window=(start, 5), exclude_ids=1)
+    held = tokens.clone()
+    numbers.update(out=held if in_place else None, backend=backend)
+    got, proposals = pydecode.unmask(held, logits, rule=rule, return_proposals=True, **numbers)
+    check(got, tokens, want)
+    assert torch.equal(proposals, want[3])
+    alone = pydecode.unmask(tokens, logits, rule=rule, **{**numbers, "out": None})
+    assert all(torch.equal(x, y) for x, y in zip(got, alone))
+
+
+def test_proposals_of_the_rows_that_equal_mask_id(backend: str) -> None:
+    tokens, logits = masked_batch(6), torch.randn(6, L, V)
+    given = dict(mask_id=MASK, k=L, window=(2, 4), exclude_ids=1, backend=backend)
+    got, proposals = pydecode.unmask(tokens, logits, return_proposals=True, **given)
+    assert torch.equal(proposals, got.tokens)  # all of them committed
+    _, few = pydecode.unmask(tokens, logits, return_proposals=True, **{**given, "k": 1})
+    assert torch.equal(few, proposals)
 
 
 def test_shift_is_the_peers_copy(backend: str) -> None:

@@ -52,7 +52,7 @@ def entry_of(op: str, table: Mapping[Any, dict[str, Any]], n: int) -> dict[str, 
     """The entry for trees of n nodes, which one program holds: n has a limit."""
     found = table.get((max(64, triton.next_power_of_2(n)),))
     if found is None:
-        largest = max(key[0] for key in table)
+        largest = max(key[0] for key in table if isinstance(key[0], int))
         raise BackendUnavailable(
             f"{op}: 'triton' cannot run this call: trees of up to {largest} nodes, got {n}"
         )

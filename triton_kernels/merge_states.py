@@ -35,7 +35,7 @@ def place(b, k, n, h, strides, m: tl.constexpr):
     return at + n * strides[4 * m + 2] + h * strides[4 * m + 3]
 
 
-@triton.jit(do_not_specialize=["parts", "rows", "N", "K", "lse_strides"])
+@triton.jit(do_not_specialize=["parts", "rows", "N", "K", "lse_strides", "merged_strides"])
 def merge(
     outs,
     lses,
@@ -45,6 +45,8 @@ def merge(
     scales,
     stride_temperature,
     stride_scale,
+    merged,
+    merged_strides,
     out,
     lse,
     parts,
@@ -62,6 +64,7 @@ def merge(
 
     outs, lses: tuples of PARTS pointers, PARTS a power of two, of which ``parts`` count.
     out_strides, lse_strides: of all parts in a row, of b, k, n, h. out and lse are contiguous.
+    merged: None, or bytes by b, k, n that are 0 where out and lse are those of part 0.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -98,11 +101,22 @@ def merge(
         acc += p[:, None] * part.to(tl.float32)
 
     acc = tl.where((total == 0)[:, None], 0.0, acc / total[:, None])
+    result = acc.to(out.dtype.element_ty)
+    log = (base + tl.log(total)) / natural
+    if merged is not None:
+        at = b * merged_strides[0] + k * merged_strides[1] + n * merged_strides[2]
+        kept = real & (tl.load(merged + at, mask=real, other=1) == 0)
+        at = place(b, k, n, h, lse_strides, 0)
+        log = tl.where(kept, tl.load(lses[0] + at, mask=kept, other=0.0), log)
+        at = place(b, k, n, h, out_strides, 0)
+        mask = kept[:, None] & (d < D)[None, :]
+        first = tl.load(outs[0] + at[:, None] + d[None, :], mask=mask, other=0.0)
+        result = tl.where(mask, first, result)
     at = row.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+    tl.store(out + at, result, mask=real[:, None] & (d < D)[None, :])
     if tl.program_id(1) == 0:
         place_of_lse = ((b * K + k) * H + h) * N + n
-        tl.store(lse + place_of_lse, (base + tl.log(total)) / natural, mask=real)
+        tl.store(lse + place_of_lse, log, mask=real)
 
 
 def merge_states(
@@ -110,6 +124,7 @@ def merge_states(
     lses: list[Tensor],
     temperatures: Tensor | None,
     scales: Tensor | None,
+    mask: Tensor | None,
     log_base: float,
 ) -> tuple[Tensor, Tensor]:
     """outs M of [..., N, H, D], lses M of [..., H, N] -> out [..., N, H, D], lse [..., H, N]."""
@@ -123,15 +138,20 @@ def merge_states(
     D = first.shape[-1]
     launch = CONFIGURATIONS[(block_of(D),)]
     grid = (-(-lse.numel() // launch["ROWS"]), max(1, -(-D // launch["BLOCK_D"])))
-    given = arguments(outs, lses, temperatures, scales, log_base, out, lse)
+    given = arguments(outs, lses, temperatures, scales, mask, log_base, out, lse)
     with on_device_of(first):
         merge[grid](**given, **launch)
     return out, lse
 
 
+def power_of_two(n: int) -> int:
+    """The next one; Triton's own costs 2 us."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def block_of(D: int) -> int:
     """Head dims that one program does; wider heads take several."""
-    return min(256, max(16, triton.next_power_of_2(D)))
+    return min(256, max(16, power_of_two(D)))
 
 
 def arguments(
@@ -139,6 +159,7 @@ def arguments(
     lses: list[Tensor],
     temperatures: Tensor | None,
     scales: Tensor | None,
+    mask: Tensor | None,
     log_base: float,
     out: Tensor,
     lse: Tensor,
@@ -147,7 +168,7 @@ def arguments(
     binaries a changing number of parts makes.
     """
     parts = len(outs)
-    fill = triton.next_power_of_2(parts) - parts
+    fill = power_of_two(parts) - parts
     outs, lses = [*outs, *outs[:1] * fill], [*lses, *lses[:1] * fill]
     shape = out.shape
     return dict(
@@ -161,6 +182,8 @@ def arguments(
         scales=scales,
         stride_temperature=0 if temperatures is None else temperatures.stride(0),
         stride_scale=0 if scales is None else scales.stride(0),
+        merged=None if mask is None else mask.view(torch.uint8),
+        merged_strides=(0, 0, 0) if mask is None else four((*mask.stride(), 0))[:3],
         out=out,
         lse=lse,
         parts=parts,
@@ -183,15 +206,23 @@ def four(strides: tuple[int, ...]) -> tuple[int, ...]:
 
 def static_calls(arch: str) -> Iterator[StaticCall]:
     def call(
-        parts: int, D: int, dtype: torch.dtype, *, weighed: bool = False, step: int = 0
+        parts: int,
+        D: int,
+        dtype: torch.dtype,
+        *,
+        weighed: bool = False,
+        masked: bool = False,
+        step: int = 0,
     ) -> StaticCall:
         outs = torch.empty(parts, 8, 64, 32, D + step, dtype=dtype, device="meta")[..., :D]
         lses = torch.empty(parts, 8, 32, 64, device="meta")
         weights = torch.empty(parts, device="meta") if weighed else None
         out, lse = torch.empty(outs.shape[1:], dtype=dtype, device="meta"), lses[0]
-        given = arguments(list(outs), list(lses), weights, weights, math.e, out, lse)
+        mask = torch.empty(8, 64, dtype=torch.bool, device="meta") if masked else None
+        given = arguments(list(outs), list(lses), weights, weights, mask, math.e, out, lse)
         key = (block_of(D),)
-        note = f"{str(dtype).removeprefix('torch.')} M={parts} D={D}" + " odd stride" * bool(step)
+        note = f"{str(dtype).removeprefix('torch.')} M={parts} D={D}"
+        note += " odd stride" * bool(step) + " masked" * masked
         entry = CONFIGURATIONS[key]
         bytes_ = entry["ROWS"] * entry["BLOCK_D"] * dtype.itemsize if block_of(D) == D else 0
         return StaticCall(merge, key, given, dtype, streamed=bytes_, aligned=step == 0, note=note)
@@ -203,3 +234,5 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
     yield call(3, 80, torch.float16)
     yield call(2, 512, torch.float16)
     yield call(2, 64, torch.float16, step=1)
+    for D in (16, 128, 256):
+        yield call(2, D, torch.bfloat16, masked=True)

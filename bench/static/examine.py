@@ -95,9 +95,11 @@ def all_aligned(made: Specialised) -> bool:
     """Whether nothing is odd: every pointer, and every integer called a stride, divides by 16."""
     for i, (name, kinds) in enumerate(made.signature.items()):
         several = isinstance(kinds, tuple)
+        names = getattr(kinds, "_fields", None) or (name,) * (len(kinds) if several else 1)
         for j, kind in enumerate(kinds if several else (kinds,)):
-            counts = kind.startswith("*") or ("stride" in name and kind.startswith("i"))
-            if counts and not made.attributes.get((i, j) if several else (i,)):
+            counts = kind.startswith("*") or ("stride" in names[j] and kind.startswith("i"))
+            known = made.attributes.get((i, j) if several else (i,)) or ()
+            if counts and not any(attribute == "tt.divisibility" for attribute, _ in known):
                 return False
     return True
 

@@ -62,5 +62,5 @@ def commit(
         *(strict, min_commit, max_commit),
         like=external_score if rule == "external" and external_score is not None else scores,
     )
-    window = in_window(tokens, start, window_length)
-    return step(tokens, proposals, scores, window, mask_id, committing, external_score, uniforms)
+    masked = (tokens == mask_id) & in_window(tokens, start, window_length)
+    return step(tokens, proposals, scores, masked, committing, external_score, uniforms)

@@ -18,9 +18,13 @@ def merge_states(
     lses: list[Tensor],
     temperatures: Tensor | None,
     scales: Tensor | None,
+    mask: Tensor | None,
     log_base: float,
 ) -> tuple[Tensor, Tensor]:
-    """outs M of [..., N, H, D], lses M of [..., H, N] -> out [..., N, H, D], lse [..., H, N]."""
+    """outs M of [..., N, H, D], lses M of [..., H, N] -> out [..., N, H, D], lse [..., H, N].
+
+    mask [..., N]: rows where it is False are those of part 0.
+    """
     dtype = compute_dtype(outs[0].dtype)
     natural = math.log(log_base)  # log_base^x = exp(natural x); 1 for e
     weight = torch.full((len(outs),), natural, dtype=dtype, device=outs[0].device)
@@ -45,4 +49,8 @@ def merge_states(
     share = total.transpose(-1, -2)[..., None]
     out = torch.where(share == 0, 0.0, out / share)
     lse = (base + torch.log(total)) / natural
-    return out.to(outs[0].dtype).contiguous(), lse.contiguous()
+    out = out.to(outs[0].dtype)
+    if mask is not None:
+        out = torch.where(mask[..., None, None], out, outs[0])
+        lse = torch.where(mask.unsqueeze(-2), lse, lses[0])
+    return out.contiguous(), lse.contiguous()

@@ -211,9 +211,9 @@ def k_seq_rho(p: Tensor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def k_seq_taken(beta: Tensor, k: Tensor) -> Tensor:
-    """(1 - (1 - beta)^k) / beta without cancellation; exactly 1 for k = 1, as in multi_round."""
-    several = -torch.expm1(k * torch.log1p(-beta.clamp(max=1.0))) / beta
-    return torch.where(k == 1, 1.0, torch.where(beta > 0, several, k))
+    """(1 - (1 - beta)^k) / beta without cancellation; exactly k for k <= 1, as in multi_round."""
+    several = -torch.expm1(k * torch.log1p(-beta.clamp(max=1.0))) / beta  # k = 0, beta = 1: NaN
+    return torch.where((k > 1) & (beta > 0), several, k)
 
 
 def target_only(nodes: Nodes, threshold_single: float, threshold_acc: float) -> Walked:

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from .laws import take_rows
+from .numbers import compute_dtype
 from .row_sampling import read_sampling, sample_rows
 
 
 def sample_and_score(
     logits: Tensor,
     row_index: Tensor | None,
+    probs: bool,
     temperature: float,
     temperature_tensor: Tensor | None,
     top_k: int,
@@ -43,6 +45,8 @@ def sample_and_score(
     else:
         rows = row_index.shape
         x, _, inside = take_rows(logits, as_requests(row_index[..., None])[..., 0])
+    if probs:
+        x = x.to(compute_dtype(x.dtype)).log()
     B, R = x.shape[:2]
     sampling = read_sampling(
         *(temperature, temperature_tensor, top_k, top_k_tensor),

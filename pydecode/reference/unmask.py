@@ -12,12 +12,14 @@ from .numbers import per_request
 from .row_sampling import read_sampling, row_uniform, sample_rows
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Proposed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def unmask(
     tokens: Tensor,
     logits: Tensor,
     mask_id: int,
+    masked: Tensor | None,
     shift: int,
     window_start: int,
     window_start_tensor: Tensor | None,
@@ -62,8 +64,10 @@ def unmask(
     offset_tensor: Tensor | None,
     positions: Tensor | None,
     uniforms: Tensor | None,
-) -> Result:
-    """tokens [B, L], logits [B, L|length|length+1, V] -> tokens, committed, counts, confidence."""
+    return_proposals: bool,
+) -> Proposed:
+    """tokens [B, L], logits [B, L|length|length+1, V] -> tokens, committed, counts, confidence,
+    proposals."""
     B, L = tokens.shape
     start = per_request(window_start, window_start_tensor, B, tokens, torch.int64)[:, None]
     if window_length < 0:
@@ -114,8 +118,13 @@ def unmask(
         *(strict, min_commit, max_commit),
         like=external_score if rule == "external" and external_score is not None else scores,
     )
-    window = in_window(tokens, start, window_length)
-    return step(tokens, proposals, scores, window, mask_id, committing, external_score, coins)
+    read = (tokens == mask_id) if masked is None else masked
+    read = read & in_window(tokens, start, window_length)
+    result = step(tokens, proposals, scores, read, committing, external_score, coins)
+    if not return_proposals:
+        return (*result, tokens.new_empty(0))
+    proposed = read & (proposals >= 0)
+    return (*result, torch.where(proposed, proposals, tokens).contiguous())
 
 
 def row_of(
@@ -143,15 +152,14 @@ def step(
     tokens: Tensor,
     proposals: Tensor,
     scores: Tensor,
-    window: Tensor,
-    mask_id: int,
+    masked: Tensor,
     rule: Rule,
     external: Tensor | None,
     uniforms: Tensor | None,
 ) -> Result:
-    """Commits what the rule says; a NaN score [B, L] is a row that cannot be committed."""
+    """Commits what the rule says of the masked; a NaN score [B, L] is never committed."""
     tokens = tokens.contiguous()  # results are contiguous, whatever the strides of the arguments
-    masked = (tokens == mask_id) & window
+    masked = masked.contiguous()
     committed = commits(rule, scores, masked, external, uniforms)
     result = torch.where(committed, proposals.long(), tokens)
     return (

@@ -19,13 +19,28 @@ class Mutant(NamedTuple):
 REFERENCE = "pydecode/reference/"
 ATTENTION = REFERENCE + "attention.py"
 CHAIN = REFERENCE + "rejection_sample.py"
+CREDIT = REFERENCE + "earn_credit.py"
 DECODE = "triton_kernels/decode_kernel.py"
 IN_DECODE = "tests/triton/test_decode_attention.py"
 AT_EDGES = "tests/triton/test_decode_edges.py"
+IN_ROWS = "tests/triton/test_sample_and_score.py"
+IN_RULES = "tests/triton/test_commit_rules.py"
+IN_UNMASK = "tests/triton/test_unmask.py"
+CHAIN_KERNELS = "triton_kernels/chain_kernels.py"
+IN_CHAINS = "tests/triton/test_rejection_sample.py"
+IN_GREEDY = "tests/triton/test_verify_greedy.py"
+IN_COUPLED = "tests/triton/test_coupled_accept.py"
 INTERPRETED = (("TRITON_INTERPRET", "1"),)
+TREE_RESIDUALS = "triton_kernels/tree_residuals.py"
+IN_TREE_LAWS = "tests/triton/test_rejection_sample_tree_exact.py"
+IN_TREE_EDGES = "tests/triton/test_rejection_sample_tree_hostile.py"
 COMMIT_KV, WRITE_KV = "triton_kernels/commit_kv.py", "triton_kernels/write_kv.py"
 IN_COMMIT_KV, IN_WRITE_KV = "tests/triton/test_commit_kv.py", "tests/triton/test_write_kv.py"
 IN_TREES, IN_DECISIONS = "tests/triton/test_trees.py", "tests/triton/test_decisions.py"
+RANKED_PLAN, RANKED_ATTEND = "triton_kernels/ranked_plan.py", "triton_kernels/ranked_attend.py"
+RANKED_STEPS = "triton_kernels/ranked_steps.py"
+IN_RANKED = "tests/triton/test_ranked_attention.py"
+AT_RANKED = "tests/triton/test_ranked_edges.py"
 
 MUTANTS = [
     # attention
@@ -294,11 +309,11 @@ MUTANTS = [
         INTERPRETED,
     ),
     Mutant(
-        "the last chunk of head dims read past the row",
+        "the last chunk of head dims lost",
         "triton_kernels/attention_steps.py",
-        "seen = valid[:, None] & (d + o_c < D)[None, :]",
-        "seen = valid[:, None] & (d + o_c < D + CHUNK)[None, :]",
-        IN_DECODE + " -k sizes",
+        "for d in tl.range(0, D, CHUNK):",
+        "for d in tl.range(0, D - CHUNK + 1, CHUNK):",
+        IN_DECODE + " -k 200",
         INTERPRETED,
     ),
     Mutant(
@@ -308,6 +323,50 @@ MUTANTS = [
         "softmax_scale, softcap, max_seqlen_q, return_lse, block,",
         AT_EDGES + " -k plans",
         INTERPRETED,
+    ),
+    # credit
+    Mutant(
+        "a favourite that has credit takes a second slot",
+        CREDIT,
+        "order = torch.where(same, -1.0, had)",
+        "order = had",
+        "tests/test_earn_credit.py",
+    ),
+    Mutant(
+        "the slot of a new favourite keeps what another token had",
+        CREDIT,
+        "torch.where(same, had, 0.0) + earned",
+        "had + earned",
+        "tests/test_earn_credit.py",
+    ),
+    Mutant(
+        "credit that outlives its request",
+        CREDIT,
+        "torch.where(some, had, 0.0), torch.where(some, ids, -1)",
+        "had, ids",
+        "tests/test_earn_credit.py",
+    ),
+    Mutant(
+        "rows that are no masks earn where gamma is 0",
+        CREDIT,
+        "(token >= 0) & (p > 0)",
+        "(token >= 0)",
+        "tests/test_earn_credit.py -k slots",
+    ),
+    Mutant(
+        "the credit decoder never forgets",
+        "pydecode/compat/diffusion/dinfer.py",
+        "            alive=self._masks,\n",
+        "",
+        "tests/compat/test_diffusion_dinfer.py -k credit",
+    ),
+    # FlashInfer's lse
+    Mutant(
+        "an lse that is a transposed view",
+        "pydecode/compat/flashinfer/prefill_state.py",
+        "entries.as_strided((total, Hq), (2, 1))",
+        "entries.as_strided((total, Hq), (1, 2))",
+        "tests/compat/test_flashinfer_prefill.py -k where_the_caller_wants",
     ),
     # merging in Triton
     Mutant(
@@ -470,6 +529,292 @@ MUTANTS = [
         "(tl.cumsum(tie, 0) <= room)",
         "(room > 0)",
         IN_DECISIONS + " -k remask",
+        INTERPRETED,
+    ),
+    # the diffusion ops in Triton
+    Mutant(
+        "the second best of a row taken from the best chunk alone",
+        "triton_kernels/row_decision.py",
+        "x = tl.max(tl.where(o_c == best // CHUNK, seconds, tops), 0)",
+        "x = tl.max(tl.where(o_c == best // CHUNK, seconds, -INFINITY), 0)",
+        IN_ROWS + " -k sizes",
+        INTERPRETED,
+    ),
+    Mutant(
+        "chunks' energies merged without their tops",
+        "triton_kernels/row_decision.py",
+        "tl.where(tops == top, 0.0, (tops - top) * scale)",
+        "tl.where(tops == top, 0.0, 0.0 * scale)",
+        IN_ROWS + " -k sizes",
+        INTERPRETED,
+    ),
+    Mutant(
+        "Gumbel noise of the wrong word of four",
+        "triton_kernels/philox.py",
+        "tl.join(tl.join(x0, x2), tl.join(x1, x3))",
+        "tl.join(tl.join(x0, x1), tl.join(x2, x3))",
+        IN_ROWS + " -k gumbel",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a packed row's bias taken by its row, not by its result",
+        "triton_kernels/rows.py",
+        """    if place.index is not None:
+        line = i
+""",
+        "",
+        IN_ROWS + " -k row_index",
+        INTERPRETED,
+    ),
+    Mutant(
+        "ties of confidence that go to the last position",
+        "triton_kernels/commit_orders.py",
+        "(key > other_key) | ((key == other_key) & (at < other_at))",
+        "(key > other_key) | ((key == other_key) & (at > other_at))",
+        IN_RULES + " -k short",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a row without a proposal that does not end a prefix",
+        "triton_kernels/commit_rules.py",
+        "fails = (flags & MASKED) > reached",
+        "fails = ((flags & MASKED) > reached) & (score == score)",
+        IN_RULES + " -k prefix",
+        INTERPRETED,
+    ),
+    Mutant(
+        "runs of masked rows counted anew in each tile",
+        "triton_kernels/commit_orders.py",
+        "        before += tl.sum(begins, 0)\n",
+        "",
+        IN_RULES + " -k two_tiles",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a shift added twice to rows that start one earlier",
+        "triton_kernels/unmask.py",
+        "return num_rows, shift if num_rows == length else 0, 1",
+        "return num_rows, shift, 1",
+        IN_UNMASK + " -k windows",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a NaN row that commits",
+        "triton_kernels/unmask.py",
+        'tl.where(good, sure, float("nan"))',
+        "tl.where(good, sure, 0.0)",
+        IN_UNMASK + " -k rules",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the last row of a request does not wait for the others",
+        "triton_kernels/unmask.py",
+        "if others == (place.R >> 2) - 1:",
+        "if others == (place.R >> 2) // 2:",
+        IN_UNMASK + " -k rules",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a soft embedding not divided by its support's mass",
+        "triton_kernels/soft_embed.py",
+        "a * (acc / mass)",
+        "a * (acc / Z)",
+        "tests/triton/test_soft_embed.py -k sizes",
+        INTERPRETED,
+    ),
+    # trees in Triton
+    Mutant(
+        "what is left of q without replacement, not renormalised",
+        TREE_RESIDUALS,
+        "q = tl.where(v == token_of(tree, b, child), 0.0, q / tl.load(at + 2))",
+        "q = tl.where(v == token_of(tree, b, child), 0.0, q)",
+        IN_TREE_LAWS + " -k without-star",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a zero residual that does not fall back to p",
+        "triton_kernels/tree_walk.py",
+        "record(tree, b, T, child, 1.0, tl.where(S > 0, S, -1.0), spent, sibling)",
+        "record(tree, b, T, child, 1.0, tl.where(S > 0, S, 1.0), spent, sibling)",
+        IN_TREE_EDGES + " -k zero_residual",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a token tried twice that counts twice",
+        "triton_kernels/tree_walk.py",
+        "s += fresh",
+        "s += e",
+        IN_TREE_LAWS + " -k target_only-binary",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the residual of k_seq less all that p and q share",
+        "triton_kernels/tree_walk.py",
+        "tl.minimum(b_q, b_p / rho) * share",
+        "tl.minimum(b_q, b_p / rho)",
+        IN_TREE_LAWS + " -k k_seq-star",
+        INTERPRETED,
+    ),
+    Mutant(
+        "an acceptance that forgets what its parent has lost",
+        "triton_kernels/traversal.py",
+        "rest = S + (1.0 - a_n)",
+        "rest = S",
+        IN_TREE_LAWS + " -k traversal-tree",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a leaf's draft row that makes its request undecided",
+        "triton_kernels/traversal.py",
+        "bad = (p_kind == BAD) | ((q_kind == BAD) & (has_child > 0))",
+        "bad = (p_kind == BAD) | (q_kind == BAD)",
+        IN_TREE_EDGES + " -k bad_draft_rows",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the last token's draw from the stream of accept tests",
+        TREE_RESIDUALS,
+        "        RESAMPLE, coins.draws",
+        "        ACCEPT, coins.draws",
+        "tests/triton/test_rejection_sample_tree.py -k draws_are_those",
+        INTERPRETED,
+    ),
+    # chains, greedy verdicts and coupling in Triton
+    Mutant(
+        "a draft accepted where its coin is exactly its ratio",
+        CHAIN_KERNELS,
+        "accept = (i < n) & (q > 0) & (u * q < p)",
+        "accept = (i < n) & (q > 0) & (u * q <= p)",
+        IN_CHAINS + " -k at_the_edge",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the correction drawn from p where a residual is left",
+        CHAIN_KERNELS,
+        "fall_back = (tau == n) | (tl.sum(rest_c, 0) <= 0)",
+        "fall_back = (tau <= n) | (tl.sum(rest_c, 0) <= 0)",
+        IN_CHAINS + " -k exact_law",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the block rule's h without its pi",
+        CHAIN_KERNELS,
+        "denominator = S + (1 - scales)",
+        "denominator = S + (1 - scales) * (S > 2)",
+        IN_CHAINS + " -k exact_law",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a row past the count read as if it had been worked out",
+        CHAIN_KERNELS,
+        "testable = known & present & (i < limit)",
+        "testable = known & present & (i <= limit)",
+        IN_CHAINS + " -k after_the_count",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a chunk's sum not rescaled to the row's top",
+        "triton_kernels/law_vectors.py",
+        "Z = tl.sum(s * weights(t, top[:, None], scale), 1)",
+        "Z = tl.sum(s, 1)",
+        IN_CHAINS + " -k long_rows",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a threshold that ties do not share",
+        "triton_kernels/thresholds.py",
+        "high = tl.min(tl.where(weight < bound, pivots, high), 0)",
+        "high = tl.min(tl.where(weight < bound, pivots, high), 0) + 0 * low + (low > high - 2)",
+        IN_CHAINS + " -k decides",
+        INTERPRETED,
+    ),
+    Mutant(
+        "children tested against their own row",
+        "triton_kernels/greedy_kernels.py",
+        "at, row, present, inside = place_rows(target, b, parent)",
+        "at, row, present, inside = place_rows(target, b, node)",
+        IN_GREEDY + " -k decides",
+        INTERPRETED,
+    ),
+    Mutant(
+        "of equally deep nodes the last one",
+        "triton_kernels/greedy_kernels.py",
+        "leaf = tl.min(tl.where(deepest, node, drafted.BLOCK), 0)",
+        "leaf = tl.max(tl.where(deepest, node, -1), 0)",
+        IN_GREEDY + " -k larger",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a bad row that nobody passed counted as read",
+        "triton_kernels/greedy_kernels.py",
+        "bad = exists & (above >= 0) & (above < width - 1) & present & (good == 0)",
+        "bad = exists & (above < width - 1) & present & (good == 0)",
+        IN_GREEDY + " -k decides",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the mixture's weights swapped",
+        "triton_kernels/coupled_accept.py",
+        "mixed = weighted(ratio, shared(x, draft_infinite))",
+        "mixed = weighted(1 - ratio, shared(x, draft_infinite))",
+        IN_COUPLED + " -k own_noise",
+        INTERPRETED,
+    ),
+    # prefill under ranks in Triton
+    Mutant(
+        "a partial tile taken as full",
+        RANKED_PLAN,
+        "some, every = smallest <= most, largest <= least",
+        "some, every = smallest <= most, largest <= most",
+        AT_RANKED + " -k are_skipped",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a visible tile skipped",
+        RANKED_PLAN,
+        "some, every = smallest <= most, largest <= least",
+        "some, every = smallest < most, largest <= least",
+        AT_RANKED + " -k are_skipped",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a window that shows one key more, in prefill",
+        RANKED_STEPS,
+        "sees = sees & (j[None, :] > low[:, None])",
+        "sees = sees & (j[None, :] >= low[:, None])",
+        IN_RANKED + " -k window",
+        INTERPRETED,
+    ),
+    Mutant(
+        "NaN of unseen values multiplied by zero",
+        RANKED_ATTEND,
+        "b_v = tl.where(finite, b_v, 0.0).to(b_v.dtype)",
+        "b_v = tl.where(finite, b_v, b_v).to(b_v.dtype)",
+        IN_RANKED + " -k bad_values",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a page of the pool's size taken as mapped, in prefill",
+        RANKED_STEPS,
+        "return page, (page >= 0) & (page < num_pages)",
+        "return page, (page >= 0) & (page <= num_pages)",
+        IN_RANKED + " -k outside",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the second half of a tile's bits read as the first",
+        RANKED_ATTEND,
+        "tl.load(words + BM + o_m)",
+        "tl.load(words + o_m)",
+        IN_RANKED + " -k masks",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a packed row written by all that claim it",
+        RANKED_ATTEND,
+        "other=-1) == b)",
+        "other=-1) >= 0)",
+        AT_RANKED + " -k overlap",
         INTERPRETED,
     ),
 ]

@@ -31,9 +31,11 @@ def parts(M: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, T
     return outs, lses
 
 
-def exact(outs: Any, lses: Any, t: Any = None, s: Any = None, base: float = math.e) -> Any:
+def exact(
+    outs: Any, lses: Any, t: Any = None, s: Any = None, base: float = math.e, mask: Any = None
+) -> Any:
     wide = ([x.double() for x in xs] for xs in (outs, lses))
-    return reference(*wide, *(None if x is None else x.double() for x in (t, s)), base)
+    return reference(*wide, *(None if x is None else x.double() for x in (t, s)), mask, base)
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,29 @@ def test_against_the_reference(shape: str, M: int, dtype: torch.dtype) -> None:
         for x, y in zip(got, want):
             near = 4 * torch.finfo(x.dtype).eps * y.nan_to_num(0, 0, 0).abs().max().item()
             torch.testing.assert_close(x.double(), y, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_that_are_not_merged(shape: str, in_place: bool) -> None:
+    """They are part 0's, bit for bit, -inf and NaN included; into memory of any strides."""
+    outs, lses = parts(3, SHAPES[shape], FP16)
+    mask = torch.rand(*SHAPES[shape][:-2], 2)[..., 1] < 0.5
+    first = torch.cat([outs[0], outs[0]], -1)[..., : outs.shape[-1]], lses[0].mT.contiguous().mT
+    listed = [first[0], *outs[1:]], [first[1], *lses[1:]]
+    whole = merge_states(*listed, log_base=2.0, backend="triton")
+    out = dict(out=first[0], out_lse=first[1]) if in_place else {}
+    kept = [x.clone() for x in (outs[0], lses[0])]
+    got = merge_states(*listed, mask=mask, log_base=2.0, backend="triton", **out)
+    assert not in_place or (got[0] is first[0] and got[1] is first[1])
+    want = exact(outs, lses, None, None, 2.0, mask)
+    for x, y, part, rows in zip(
+        got, whole, kept, (mask[..., None, None], mask.unsqueeze(-2)), strict=True
+    ):
+        alike = torch.where(rows, y, part)
+        torch.testing.assert_close(x, alike, rtol=0, atol=0, equal_nan=True)
+    near = 4 * torch.finfo(FP16).eps * 4
+    torch.testing.assert_close(got[0].double(), want[0], rtol=0, atol=near, equal_nan=True)
 
 
 def test_lists_of_any_strides() -> None:

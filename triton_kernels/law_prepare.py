@@ -1,0 +1,275 @@
+"""Works out a verification's laws: chunks' numbers in one read, filters' thresholds in another.
+
+Launches: ``chunk_laws``, with top-k, top-p or min-p ``row_floors``, with a reduced vocabulary
+``index_vocab``. See ``law_rows``.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configurations
+from .law_rows import (
+    CHUNK,
+    LawRows,
+    Numbers,
+    Pair,
+    chunk_weights,
+    law_rows,
+    least_of,
+    numbers_of,
+    pair,
+    place,
+    raw_chunk,
+    read_law,
+    row_edits,
+    temperature_of,
+)
+from .static_call import StaticCall
+from .thresholds import filters
+from .vocabulary import leave, number, power_of_two, scale_of, top_of, weights
+
+CONFIGURATIONS = configurations.load("law_prepare")
+
+
+@triton.jit
+def row_chunks(law, numbers, at, count, count_of, stride_count, more, per, CHUNK: tl.constexpr):
+    """Each chunk's top, sum and argmax, of row ``at`` where i < count[b] + more."""
+    b, i = at // law.R, at % law.R
+    limit = tl.maximum(number(count, count_of, stride_count, b), 0) + more
+    at, row, _present, inside = place(law, b, i)
+    if inside & (i < limit):
+        edits = row_edits(law, b, i)
+        scale = scale_of(temperature_of(numbers, b))
+        first = tl.program_id(1) * per
+        for c in range(first, tl.minimum(first + per, law.C)):
+            x = raw_chunk(law, row, edits, c * CHUNK, CHUNK)
+            if law.PROBS:
+                x = tl.where(x >= 0, x, float("nan"))
+                top, best = top_of(x, c * CHUNK, CHUNK)
+                total = tl.sum(x, 0)
+            else:
+                top, best = top_of(x, c * CHUNK, CHUNK)
+                total = tl.sum(weights(x, top, scale), 0)
+            leave(law.stats + at * 3 * law.C, c, law.C, top, total, best)
+
+
+@triton.jit(do_not_specialize=["rows", "per", "count"])
+def chunk_laws(
+    law, numbers, more, draft, draft_numbers, draft_more,
+    count, count_of, stride_count, rows, per, arrivals, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``row_chunks`` of the first law's ``rows`` rows, and then of the draft's, if there is one.
+
+    ``arrivals`` int32 [B] are set to 0, for a kernel that counts its programs.
+    """
+    at = tl.program_id(0)
+    if arrivals is not None:  # noqa: SIM102
+        if (tl.program_id(1) == 0) & (at < rows) & (at % law.R == 0):
+            tl.store(arrivals + at // law.R, 0)
+    if draft is None:
+        row_chunks(law, numbers, at, count, count_of, stride_count, more, per, CHUNK)
+    else:
+        if at < rows:
+            row_chunks(law, numbers, at, count, count_of, stride_count, more, per, CHUNK)
+        else:
+            row_chunks(
+                draft, draft_numbers, at - rows, count, count_of, stride_count, draft_more,
+                per, CHUNK,
+            )  # fmt: skip
+
+
+@triton.jit
+def row_floor(
+    law, numbers, at, count, count_of, stride_count, more,
+    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Thresholds of top-k and top-p, and what all filters leave of Z, of row ``at``."""
+    b, i = at // law.R, at % law.R
+    limit = tl.maximum(number(count, count_of, stride_count, b), 0) + more
+    at, row, _present, inside = place(law, b, i)
+    temperature = temperature_of(numbers, b)
+    if inside & (i < limit):
+        edits = row_edits(law, b, i)
+        scale = scale_of(temperature)
+        top, Z, _best, good = read_law(law, at, scale, BLOCK_C)
+        floor = tl.full([], float("-inf"), tl.float32)
+        mass = Z
+        if good & (temperature > 0):  # greedy requests have no use for thresholds
+            top_k, top_p = None, None
+            if numbers.top_k is not None:
+                top_k = number(numbers.top_k, numbers.top_k_of, numbers.stride_top_k, b)
+            if numbers.top_p is not None:
+                top_p = number(numbers.top_p, numbers.top_p_of, numbers.stride_top_p, b)
+            floor = filters(row, edits, law.V, top, scale, Z, top_k, top_p, False)
+            least = least_of(numbers, b)
+            mass = tl.full([], 0.0, tl.float32)
+            for c in range(law.C):
+                mass += tl.sum(
+                    chunk_weights(law, row, edits, c * CHUNK, top, scale, floor, least, -1, CHUNK),
+                    0,
+                )
+        tl.store(law.floors + 2 * at, floor)
+        tl.store(law.floors + 2 * at + 1, mass)
+
+
+@triton.jit(do_not_specialize=["rows", "count"])
+def row_floors(
+    law, numbers, more, draft, draft_numbers, draft_more, count, count_of, stride_count, rows,
+    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, DRAFT_BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``row_floor`` of the rows of one law or two, a row a program."""
+    at = tl.program_id(0)
+    if draft is None:
+        row_floor(law, numbers, at, count, count_of, stride_count, more, CHUNK, BLOCK_C)
+    else:
+        if at < rows:
+            row_floor(law, numbers, at, count, count_of, stride_count, more, CHUNK, BLOCK_C)
+        else:
+            row_floor(
+                draft, draft_numbers, at - rows, count, count_of, stride_count, draft_more,
+                CHUNK, DRAFT_BLOCK_C,
+            )  # fmt: skip
+
+
+@triton.jit
+def index_vocab(vocab, firsts, Vd, target_C, CHUNK: tl.constexpr):
+    """firsts[c]: columns whose token lies before chunk c; firsts[target_C + 1]: 1 if ids ascend."""
+    c = tl.program_id(0)
+    below = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, Vd, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        ids = tl.load(vocab + j, mask=j < Vd, other=0)
+        if c <= target_C:
+            below += tl.where((j < Vd) & (ids < c * CHUNK), 1, 0)
+        else:
+            following = tl.load(vocab + j + 1, mask=j + 1 < Vd, other=0)
+            below += tl.where((j + 1 < Vd) & (following <= ids), 1, 0)
+    count = tl.sum(below, 0)
+    if c > target_C:
+        count = tl.where(count == 0, 1, 0)
+    tl.store(firsts + c, count)
+
+
+def chunks_a_program(rows: int, chunks: int) -> int:
+    """One while that leaves no processor idle, then a few, to start fewer programs."""
+    return max(1, min(8, rows * chunks // 1024))
+
+
+def prepare(
+    law: LawRows,
+    numbers: Numbers,
+    batch: int,
+    count: Pair,
+    more: int,
+    draft: LawRows | None = None,
+    draft_numbers: Numbers | None = None,
+    draft_more: int = 0,
+    arrivals: Tensor | None = None,
+) -> None:
+    """Works out every row i < count[b] + more of a law, and of a draft's: one launch, two with
+    filters, and one more with a reduced vocabulary."""
+    rows = batch * law.R
+    all_rows = rows + (batch * draft.R if draft is not None else 0)
+    if all_rows == 0:
+        return
+    chunks = max(law.C, draft.C if draft is not None else 0)
+    per = chunks_a_program(all_rows, chunks)
+    counts = dict(zip(("count", "count_of", "stride_count"), pair(*count)))
+    first = dict(law=law, numbers=numbers, more=more)
+    second = dict(draft=draft, draft_numbers=draft_numbers, draft_more=draft_more)
+    chunk_laws[(all_rows, -(-chunks // per))](
+        **first, **second, **counts, rows=rows, per=per, arrivals=arrivals,
+        **CONFIGURATIONS[("chunks",)],
+    )  # fmt: skip
+    if draft is not None:
+        prepare_vocab(draft)
+        if draft.floors is not None and law.floors is None:
+            first, rows = dict(zip(first, second.values())), batch * draft.R
+            second = dict.fromkeys(second)
+            all_rows = rows
+        elif draft.floors is None:
+            second, all_rows = dict.fromkeys(second), rows
+    if first["law"].floors is not None:  # type: ignore[union-attr]
+        blocks = dict(BLOCK_C=power_of_two(first["law"].C), DRAFT_BLOCK_C=power_of_two(chunks))
+        row_floors[(all_rows,)](
+            **first, **second, **counts, rows=rows, **blocks, **CONFIGURATIONS[("floors",)]
+        )
+
+
+def prepare_vocab(law: LawRows) -> None:
+    """Where a reduced vocabulary's columns lie in the target's."""
+    if law.vocab is not None:
+        grid = (law.target_C + 2,)
+        entry = CONFIGURATIONS[("vocab",)]
+        index_vocab[grid](law.vocab, law.firsts, law.V, law.target_C, **entry)
+
+
+def example(
+    dtype: torch.dtype,
+    *,
+    probs: bool = False,
+    filtered: bool = False,
+    allowed: bool = False,
+    index: bool = False,
+    reduced: bool = False,
+    odd: bool = False,
+) -> tuple[LawRows, Numbers]:
+    """A law as real calls have it, on no device: for static reports."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    B, R, V = 8, 5, 32000 if reduced else 128256
+    width = V + 1 if odd else V
+    x = empty(B * R, width, dtype=dtype) if index else empty(B, R, width, dtype=dtype)
+    x = x[..., 1:] if odd else x
+    of = empty(B) if filtered else None
+    numbers = numbers_of((1.0, empty(B)), (0, of), (1.0, of), (0.0, of))
+    law = law_rows(
+        None if probs else x,
+        x if probs else None,
+        empty(B, R, dtype=torch.int32) if index else None,
+        empty(B, R, -(-V // 32), dtype=torch.int32) if allowed else None,
+        *(B, R, filtered),
+        empty(V, dtype=torch.int64) if reduced else None,
+        128256,
+    )
+    return law, numbers
+
+
+STATIC = (  # a covering set of what laws can be
+    (torch.bfloat16, dict()),
+    (torch.bfloat16, dict(filtered=True, allowed=True, index=True)),
+    (torch.float16, dict(filtered=True)),
+    (torch.float32, dict(filtered=True, index=True)),
+    (torch.float32, dict(probs=True, allowed=True)),
+    (torch.float32, dict(probs=True, reduced=True)),
+    (torch.bfloat16, dict(reduced=True, filtered=True)),
+    (torch.bfloat16, dict(odd=True, filtered=True)),
+)
+
+
+def describe(dtype: torch.dtype, options: dict[str, bool]) -> str:
+    return " ".join([str(dtype).removeprefix("torch."), *options])
+
+
+def static_calls(arch: str) -> Iterator[StaticCall]:
+    for dtype, options in STATIC:
+        law, numbers = example(dtype, **options)
+        note, odd = describe(dtype, options), options.get("odd", False)
+        common = dict(count=4, count_of=None, stride_count=0, more=1, rows=40)
+        rows: dict[str, Any] = dict(streamed=CHUNK * dtype.itemsize, aligned=not odd, note=note)
+        given: dict[str, Any] = dict(law=law, numbers=numbers, **common)
+        given |= dict(draft=None, draft_numbers=None, draft_more=0)
+        yield StaticCall(chunk_laws, ("chunks",), dict(given, per=1, arrivals=None), dtype, **rows)
+        if law.floors is not None:
+            given |= dict(BLOCK_C=power_of_two(law.C), DRAFT_BLOCK_C=1)
+            yield StaticCall(row_floors, ("floors",), given, dtype, **rows)
+        if law.vocab is not None:
+            given = dict(vocab=law.vocab, firsts=law.firsts, Vd=law.V, target_C=law.target_C)
+            yield StaticCall(index_vocab, ("vocab",), given, torch.int64, note=note)

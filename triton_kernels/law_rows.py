@@ -1,0 +1,350 @@
+"""Rows of a target's or a draft's law, from logits or probabilities, for the verification kernels.
+
+``law_prepare.prepare`` leaves a top, a sum and an argmax of each chunk, and the thresholds of the
+filters. After that a kernel evaluates the law wherever it likes, from the logits as they are:
+
+    at, row, present, inside = place(law, b, i)   # flat index of the row's numbers, pointer
+    top, Z, best, good = read_law(law, at, scale, BLOCK_C)
+    floor, Z = floor_of(law, at, Z)
+    e = chunk_weights(law, row, edits, ...)       # p = e / Z
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .numerics import LN2
+from .vocabulary import (
+    INFINITY,
+    NO_TOKEN,
+    Edits,
+    as_scalar,
+    chunk_numbers,
+    edited,
+    load_chunk,
+    number,
+    plain,
+    row_of,
+    weights,
+)
+
+CHUNK = 4096
+Pair = tuple[Any, Tensor | None]
+
+
+class LawRows(NamedTuple):
+    """A law's rows as kernels see them; made by ``law_rows``."""
+
+    x: Any  # logits or probabilities, rows of V, last stride 1
+    index: Any  # row of each (b, i), or None
+    allowed: Any  # int32 bits [B, R, words], or None
+    stats: Any  # fp32 [B R, 3, C]: of each chunk the top (NaN: a NaN, or a probability that is
+    # none), the sum of e(v) against it or of the probabilities, and the argmax (int32)
+    floors: Any  # fp32 [B R, 2]: what top-k and top-p leave lies at or above the first; the second
+    # is the mass that all filters leave. None: no filter
+    vocab: Any  # ids [V] in the target's vocabulary of a reduced one's columns, or None
+    firsts: Any  # int32 [chunks of the target + 2], see ``index_vocab``
+    num_rows: Any  # of x, where there is an index, as ``plain`` has it
+    R: Any  # rows a request
+    V: Any
+    C: Any  # chunks a row
+    target_C: Any  # chunks of the target's rows
+    stride_b: Any
+    stride_r: Any
+    stride_index_b: Any
+    stride_index_r: Any
+    stride_allowed_b: Any
+    stride_allowed_r: Any
+    PROBS: Any
+
+
+class Numbers(NamedTuple):
+    """Temperature and filters of a law: pairs of the schema, and their strides along requests.
+
+    A filter whose value is None is off for the whole batch.
+    """
+
+    temperature: Any
+    temperature_of: Any
+    stride_temperature: Any
+    top_k: Any
+    top_k_of: Any
+    stride_top_k: Any
+    top_p: Any
+    top_p_of: Any
+    stride_top_p: Any
+    min_p: Any
+    min_p_of: Any
+    stride_min_p: Any
+
+
+@triton.jit
+def place(law, b, i):
+    """(flat index b R + i, pointer to the row, whether there is an index, whether it is a row)."""
+    at = b.to(tl.int64) * law.R + i
+    if law.index is None:
+        row = law.x + b.to(tl.int64) * law.stride_b + i.to(tl.int64) * law.stride_r
+        present = b >= 0
+        inside = b >= 0
+    else:
+        index = tl.load(
+            law.index + b.to(tl.int64) * law.stride_index_b + i.to(tl.int64) * law.stride_index_r
+        ).to(tl.int64)
+        present = index != -1
+        inside = (index >= 0) & (index < (law.num_rows >> 2))
+        row = law.x + tl.where(inside, index, 0) * law.stride_r
+    return at, row, present, inside
+
+
+@triton.jit
+def row_edits(law, b, i):
+    """A grammar's bits for row i of request b."""
+    bits = None
+    if law.allowed is not None:
+        bits = law.allowed + b.to(tl.int64) * law.stride_allowed_b
+        bits += i.to(tl.int64) * law.stride_allowed_r
+    return Edits(None, None, 0, (), None, 0, bits)
+
+
+@triton.jit
+def temperature_of(numbers, b):
+    t = number(numbers.temperature, numbers.temperature_of, numbers.stride_temperature, b)
+    return as_scalar(t, tl.float32)
+
+
+@triton.jit
+def least_of(numbers, b):
+    """min-p's threshold on e(v) = p(v) / max p: 0 is off, and NaN too; above 1 the top stays."""
+    least = tl.zeros([], tl.float32)
+    if numbers.min_p is not None:
+        least = number(numbers.min_p, numbers.min_p_of, numbers.stride_min_p, b)
+        least = as_scalar(least, tl.float32)
+    return tl.where(least > 0, tl.minimum(least, 1.0), 0.0)
+
+
+@triton.jit
+def raw_chunk(law, row, edits, start, CHUNK: tl.constexpr):
+    """Logits (-inf where not allowed), or probabilities (0 there), of one chunk."""
+    if law.PROBS:
+        fill = 0.0
+    else:
+        fill = float("-inf")
+    x = load_chunk(row, start, law.V, fill, CHUNK)
+    return edited(x, edits, start, law.V, fill, CHUNK)
+
+
+@triton.jit
+def chunk_weights(law, row, edits, start, top, scale, floor, least, only, CHUNK: tl.constexpr):
+    """e(v) of a chunk under temperature and filters; ``only`` >= 0: all mass on that token."""
+    x = raw_chunk(law, row, edits, start, CHUNK)
+    at = start + tl.arange(0, CHUNK)
+    e = column_weights(law, x, top, scale, floor, least)
+    one = tl.where(at == only, 1.0, 0.0)
+    return tl.where(only >= 0, one, e)
+
+
+@triton.jit
+def draft_chunk(law, row, start, top, scale, floor, least, only, CHUNK: tl.constexpr):
+    """e(v) of a draft's law on a chunk of the target's vocabulary; ``only``: one of its columns.
+
+    A reduced vocabulary that ascends has its columns of a chunk side by side: they are spread out
+    by counting. Any other is searched column by column: right, and slow.
+    """
+    if law.vocab is None:
+        edits = Edits(None, None, 0, (), None, 0, None)
+        return chunk_weights(law, row, edits, start, top, scale, floor, least, only, CHUNK)
+    else:
+        at = tl.arange(0, CHUNK)
+        e = tl.zeros([CHUNK], tl.float32)
+        first = law.firsts + start // CHUNK
+        if tl.load(law.firsts + law.target_C + 1) == 1:
+            j0, j1 = tl.load(first), tl.load(first + 1)
+            ids = tl.load(law.vocab + j0 + at, mask=j0 + at < j1, other=start)
+            here = tl.histogram((ids - start).to(tl.int32), CHUNK, mask=j0 + at < j1)
+            j = j0 + tl.cumsum(here, 0) - 1
+            x = tl.load(row + j, mask=here > 0, other=0.0).to(tl.float32)
+            e = column_weights(law, x, top, scale, floor, least)
+            e = tl.where(only >= 0, tl.where(j == only, 1.0, 0.0), e)
+            e = tl.where(here > 0, e, 0.0)
+        else:
+            for column in range(law.V):
+                x = tl.load(row + column).to(tl.float32)
+                hit = start + at == tl.load(law.vocab + column)
+                e += tl.where(hit, column_weights(law, x, top, scale, floor, least), 0.0)
+        return e
+
+
+@triton.jit
+def draft_token(law, row, token, top, scale, floor, least, only, CHUNK: tl.constexpr):
+    """e(token) of a draft's law, of a token of the target's vocabulary."""
+    if law.vocab is None:
+        edits = Edits(None, None, 0, (), None, 0, None)
+        return token_weight(law, row, edits, token, top, scale, floor, least, only)
+    else:
+        e = tl.zeros([], tl.float32)
+        first = law.firsts + token // CHUNK
+        ascends = tl.load(law.firsts + law.target_C + 1) == 1
+        j0 = tl.where(ascends, tl.load(first), 0)
+        j1 = tl.where(ascends, tl.load(first + 1), law.V)
+        for start in range(j0, j1, CHUNK):
+            j = start + tl.arange(0, CHUNK)
+            ids = tl.load(law.vocab + j, mask=j < j1, other=-1)
+            x = tl.load(row + j, mask=ids == token, other=0.0).to(tl.float32)
+            w = column_weights(law, x, top, scale, floor, least)
+            w = tl.where(only >= 0, tl.where(j == only, 1.0, 0.0), w)
+            e += tl.sum(tl.where(ids == token, w, 0.0), 0)
+        return e
+
+
+@triton.jit
+def column_weights(law, x, top, scale, floor, least):
+    """e of entries of a law without a grammar."""
+    if law.PROBS:
+        e = x
+    else:
+        e = weights(x, top, scale)
+        e = tl.where(x >= floor, e, 0.0)
+        e = tl.where(e >= least, e, 0.0)
+    return e
+
+
+@triton.jit
+def token_weight(law, row, edits, token, top, scale, floor, least, only):
+    """e(token) of one row, 0 outside the vocabulary."""
+    inside = (token >= 0) & (token < law.V)
+    x = tl.load(row + token, mask=inside, other=0.0).to(tl.float32)
+    if law.PROBS:
+        x = allowed_token(x, edits, token, inside, 0.0)
+    else:
+        x = allowed_token(x, edits, token, inside, float("-inf"))
+    e = column_weights(law, x, top, scale, floor, least)
+    e = tl.where(only >= 0, tl.where(token == only, 1.0, 0.0), e)
+    return tl.where(inside, e, 0.0)
+
+
+@triton.jit
+def read_law(law, at, scale, BLOCK_C: tl.constexpr):
+    """(top, unfiltered Z, argmax, whether the row has a law) from the chunks' numbers."""
+    stats = law.stats + at * 3 * law.C
+    if law.PROBS:
+        t, s, a = chunk_numbers(stats, law.C, 0.0, BLOCK_C)
+        top = tl.max(tl.where(t == t, t, 0.0), 0)
+        best = tl.min(tl.where(t == top, a, NO_TOKEN), 0)
+        Z = tl.sum(s, 0)
+        broken = tl.max(tl.where(t == t, 0, 1), 0)
+        good = (broken == 0) & (Z > 0) & (Z < INFINITY)
+    else:
+        top, Z, best = row_of(stats, scale, law.C, BLOCK_C)
+        good = top > -INFINITY
+    return top, Z, best, good
+
+
+@triton.jit
+def floor_of(law, at, Z):
+    """(lowest logit that top-k and top-p leave, the mass that all filters leave)."""
+    floor, mass = tl.full([], float("-inf"), tl.float32), Z
+    if law.floors is not None:
+        floor, mass = tl.load(law.floors + 2 * at), tl.load(law.floors + 2 * at + 1)
+    return floor, mass
+
+
+@triton.jit
+def token_value(law, row, edits, token):
+    """The logit of a token; -inf outside the vocabulary. Rows may be a vector."""
+    inside = (token >= 0) & (token < law.V)
+    x = tl.load(row + token, mask=inside, other=0.0).to(tl.float32)
+    x = allowed_token(x, edits, token, inside, float("-inf"))
+    return tl.where(inside, x, float("-inf"))
+
+
+@triton.jit
+def token_log(law, row, edits, token, top, scale, Z):
+    """log p(token) of the law before filters; -inf outside the vocabulary. Rows may be a vector."""
+    inside = (token >= 0) & (token < law.V)
+    x = tl.load(row + token, mask=inside, other=0.0).to(tl.float32)
+    if law.PROBS:
+        x = allowed_token(x, edits, token, inside, 0.0)
+        log = tl.log2(x / Z) * LN2
+    else:
+        x = allowed_token(x, edits, token, inside, float("-inf"))
+        log = (tl.where(x == top, 0.0, (x - top) * scale) - tl.log2(Z)) * LN2
+    return tl.where(inside, log, float("-inf"))
+
+
+@triton.jit
+def allowed_token(x, edits, token, inside, fill):
+    """x if a grammar's bits allow its token, else ``fill``."""
+    if edits.allowed is not None:
+        word = tl.load(edits.allowed + token // 32, mask=inside, other=0)
+        x = tl.where((word >> (token % 32).to(tl.int32)) & 1 == 1, x, fill)
+    return x
+
+
+def pair(number: Any, tensor: Tensor | None) -> tuple[Any, Tensor | None, int]:
+    """A number of the schema, its tensor, and that one's stride along requests."""
+    return number, tensor, 0 if tensor is None or tensor.dim() == 0 else tensor.stride(0)
+
+
+def numbers_of(temperature: Pair, top_k: Pair, top_p: Pair, min_p: Pair) -> Numbers:
+    """The schema's pairs; a filter that is off by its Python number is not compiled in."""
+    off = (None, None, 0)
+    return Numbers(
+        *pair(float(temperature[0]), temperature[1]),
+        *(off if top_k[1] is None and top_k[0] <= 0 else pair(*top_k)),
+        *(off if top_p[1] is None and top_p[0] >= 1 else pair(float(top_p[0]), top_p[1])),
+        *(off if min_p[1] is None and min_p[0] <= 0 else pair(float(min_p[0]), min_p[1])),
+    )
+
+
+def is_filtered(numbers: Numbers) -> bool:
+    return not numbers.top_k is numbers.top_p is numbers.min_p is None
+
+
+def law_rows(
+    logits: Tensor | None,
+    probs: Tensor | None,
+    index: Tensor | None,
+    allowed: Tensor | None,
+    batch: int,
+    rows: int,
+    filtered: bool,
+    vocab: Tensor | None = None,
+    target_vocab: int = 0,
+) -> LawRows:
+    """Scratch for a law of ``rows`` rows a request, [B, rows, V] or any [n, V] with an index."""
+    x = logits if logits is not None else probs
+    assert x is not None
+    if index is not None and x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    V = x.shape[-1]
+    C = -(-V // CHUNK)
+    firsts, target_C = None, C
+    if vocab is not None:
+        vocab, target_C = vocab.contiguous(), -(-target_vocab // CHUNK)
+        firsts = torch.empty(target_C + 2, dtype=torch.int32, device=x.device)
+    stats = torch.empty((batch * rows, 3, C), dtype=torch.float32, device=x.device)
+    floors = None
+    if filtered and logits is not None:
+        floors = torch.empty((batch * rows, 2), dtype=torch.float32, device=x.device)
+    return LawRows(
+        x,
+        index,
+        allowed,
+        stats,
+        floors,
+        vocab,
+        firsts,
+        plain(x.shape[0]),
+        rows,
+        V,
+        C,
+        target_C,
+        0 if index is not None else x.stride(0),
+        x.stride(-2),
+        *((0, 0) if index is None else index.stride()),
+        *((0, 0) if allowed is None else allowed.stride()[:2]),
+        tl.constexpr(logits is None),
+    )

@@ -1,0 +1,140 @@
+"""Launches of the row kernels for the static report, as ``sample_and_score`` and ``unmask`` make
+them; ``soft_embed`` launches the first of them too.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .commit import empty_results, results_of, window_place
+from .commit_orders import NAMES
+from .commit_rules import rule_of
+from .row_chunks import CHUNK, CONFIGURATIONS, row_chunks
+from .row_launches import RowCall, chunk_arguments
+from .sample_and_score import call_of, choice_arguments, row_choices
+from .soft_embed import embed_call
+from .static_call import StaticCall
+from .unmask import lines_of, unmask_arguments, unmask_call, unmask_rows
+
+B, L, V = 8, 32, 128256
+META = torch.device("meta")
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+__all__ = ["CONFIGURATIONS", "row_choices", "row_chunks", "static_calls", "unmask_rows"]
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META)
+
+
+def sampling(**given: Any) -> list[Any]:
+    """The schema's sampling arguments; ``given`` by name."""
+    usual: dict[str, Any] = dict(
+        temperature=0.0, temperature_tensor=None, top_k=0, top_k_tensor=None, top_p=1.0,
+        top_p_tensor=None, min_p=0.0, min_p_tensor=None, filter_order="top_k_first",
+        confidence="probability", tempered=False, exclude_ids=[], exclude_ids_tensor=None,
+        bias_ids=None, bias=None, allowed=None, sampler="inverse_cdf", seed=0,
+        seed_tensor=empty(B, dtype=torch.int64), offset=0, offset_tensor=None, positions=None,
+        uniforms=None,
+    )  # fmt: skip
+    return list((usual | given).values())
+
+
+def examples() -> dict[str, dict[str, Any]]:
+    """What engines ask for, and what is hardest to compile."""
+    each = dict(temperature_tensor=empty(B))
+    filters = dict(top_k=50, top_p_tensor=empty(B), min_p=0.05)
+    bias = dict(bias_ids=empty(B, L, 5, dtype=torch.int32), bias=empty(B, L, 5))
+    bits = dict(allowed=empty(B, L, V // 32, dtype=torch.int32))
+    return {
+        "greedy": {},
+        "entropy": dict(confidence="neg_entropy"),
+        "sampled": dict(each, confidence="margin"),
+        "tempered": dict(each, **bits, confidence="neg_entropy", tempered=True, exclude_ids=[3]),
+        "gumbel": dict(temperature=0.5, sampler="gumbel", **bias),
+        "filtered": dict(each, **filters, confidence="neg_entropy", tempered=True),
+        "filtered gumbel": dict(each, **filters, sampler="gumbel", filter_order="joint"),
+    }
+
+
+def static_calls(arch: str) -> Iterator[StaticCall]:
+    for name, given in examples().items():
+        for dtype in (BF16, FP32):
+            yield from sample_calls(dtype, name, given)
+    yield from sample_calls(FP16, "greedy", {})
+    yield from sample_calls(BF16, "probabilities", dict(temperature=1.0), probs=True)
+    index = empty(B, L, dtype=torch.int32)
+    yield from sample_calls(BF16, "packed", {}, row_index=index)
+    yield from sample_calls(BF16, "odd stride", dict(temperature=1.0), odd=True)
+    for dtype in (BF16, FP32):
+        call = embed_call(empty(B, L, V, dtype=dtype), B * L, 0.9, None)
+        yield chunks(call, dtype, None, f"{str(dtype).removeprefix('torch.')} soft_embed")
+    options = list(examples().values())
+    for number, rule in enumerate(NAMES):
+        yield from unmask_static(BF16, rule, options[number % len(options)])
+    yield from unmask_static(FP32, "threshold", {})
+    yield from unmask_static(FP32, "factor", options[-1])
+
+
+def sample_calls(
+    dtype: torch.dtype,
+    name: str,
+    given: dict[str, Any],
+    *,
+    row_index: Tensor | None = None,
+    probs: bool = False,
+    odd: bool = False,
+) -> Iterator[StaticCall]:
+    shape = (B * L,) if row_index is not None else (B, L)
+    logits = empty(*shape, V + odd, dtype=dtype)[..., :V]
+    call = call_of(logits, row_index, probs, B * L, *sampling(**given))
+    note = f"{str(dtype).removeprefix('torch.')} {name}"
+    yield chunks(call, dtype, None, note, odd)
+    results = empty(B, L, dtype=torch.int64), empty(B, L), empty(B, L)
+    yield StaticCall(
+        row_choices,
+        ("choose", call.key),
+        choice_arguments(call, *results),
+        dtype,
+        streamed=reread(call, dtype),
+        aligned=not odd,
+        note=note,
+    )
+
+
+def chunks(
+    call: RowCall, dtype: torch.dtype, finished: Tensor | None, note: str, odd: bool = False
+) -> StaticCall:
+    made = chunk_arguments(call, finished, 1)
+    bytes_ = CHUNK * dtype.itemsize
+    return StaticCall(
+        row_chunks, ("chunks",), made, dtype, streamed=bytes_, aligned=not odd, note=note
+    )
+
+
+def reread(call: RowCall, dtype: torch.dtype) -> int:
+    """Bytes of the chunk that a drawn token lies in; nothing is drawn from the others."""
+    return CHUNK * dtype.itemsize if call.options["SAMPLER"] == 1 or call.key == "filtered" else 0
+
+
+def unmask_static(dtype: torch.dtype, rule: str, given: dict[str, Any]) -> Iterator[StaticCall]:
+    made = empty_results(B, L, META)
+    lines = lines_of(L, L, L, 1)
+    place = window_place(made[0], None, 5, 0, None, L, L, lines)
+    call = unmask_call(empty(B, L, V, dtype=dtype), place, B * L, 126336, rule, *sampling(**given))
+    numbers = (1, None, 0.9, None, 0.0, None, 1.0, None, 0.4, None, 0.0, None, False, 1, -1)
+    external = empty(B, L) if rule == "external" else None
+    number_of, options = rule_of(rule, *numbers, external=external, coins=None)
+    results = results_of(*made, empty(B, L, dtype=torch.int64), rule)
+    finished = empty(B, dtype=torch.int32)
+    note = f"{str(dtype).removeprefix('torch.')} {rule}"
+    yield chunks(call, dtype, finished, note)
+    yield StaticCall(
+        unmask_rows,
+        ("unmask", call.key),
+        unmask_arguments(call, finished, number_of, results, options, False),
+        dtype,
+        streamed=reread(call, dtype),
+        note=note,
+    )

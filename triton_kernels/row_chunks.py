@@ -1,0 +1,121 @@
+"""The first launch of ``sample_and_score``, ``unmask`` and ``soft_embed``: one read of the rows.
+
+Each chunk of each row that is read leaves up to ``FIELDS`` numbers in scratch [rows, FIELDS, C]:
+the first three as ``vocabulary.leave`` does, the others where an option asks for them.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configurations
+from .law_rows import temperature_of
+from .numerics import LOG2E
+from .philox import DRAFT, chunk_gumbel
+from .rows import edits_at, locate, offset_of, position_of, row_at, seed_of
+from .vocabulary import (
+    INFINITY,
+    LARGEST,
+    NO_TOKEN,
+    SMALLEST,
+    admitted,
+    leave,
+    scale_of,
+    top_of,
+    weights,
+)
+
+CONFIGURATIONS = configurations.load("row_kernels")
+CHUNK = 4096
+FIELDS = tl.constexpr(8)
+# besides top, sum of e at temperature 1, and argmax
+TEMPERED_SUM, SECOND, ENERGY = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+NOISY, NOISY_AT = tl.constexpr(6), tl.constexpr(7)
+
+
+@triton.jit
+def energy_of(x, e, top, scale):
+    """Sum of e(v) log2 e(v): the entropy, but for the mass."""
+    return tl.sum(tl.where((e > 0) & (x < top), e * ((x - top) * scale), 0.0), 0)
+
+
+@triton.jit
+def perturbed(x, top, temperature, noise):
+    """(x - top) / T + g; only the top has noise added to 0 where x or T is infinite."""
+    t = tl.where(temperature > 0, temperature, 1.0)
+    inverse = tl.maximum(tl.minimum(1.0 / t, LARGEST), SMALLEST)
+    value = tl.where(x == top, 0.0, (x - top) * inverse)
+    return tl.where(x > -INFINITY, value + noise, -INFINITY)
+
+
+@triton.jit(do_not_specialize=["place", "changes", "numbers", "keys", "per"])
+def row_chunks(
+    rows,
+    place,
+    changes,
+    numbers,
+    keys,
+    stats,
+    finished,
+    per,
+    HAS_TEMPERED: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
+    HAS_ENERGY: tl.constexpr,
+    ENERGY_TEMPERED: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    PER_REQUEST: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Numbers of ``per`` chunks of result program_id(0)'s row. ``finished``: None, or [B] counters
+    of the next launch, which are set to 0."""
+    r = tl.program_id(0)
+    b, i, _inside, line, read = locate(rows, place, r)
+    if finished is not None:  # noqa: SIM102
+        if (r % (place.R >> 2) == 0) & (tl.program_id(1) == 0):
+            tl.store(finished + b, 0)
+    if read:
+        row = row_at(rows, place, b, line)
+        edits = edits_at(changes, place, b, i, line)
+        temperature = temperature_of(numbers, b)
+        scale = scale_of(temperature)
+        line_stats = stats + r.to(tl.int64) * FIELDS * rows.C
+        first = tl.program_id(1) * per
+        for c in range(first, tl.minimum(first + per, rows.C)):
+            start = c * CHUNK
+            x = admitted(row, edits, start, rows.V, CHUNK)
+            top, best = top_of(x, start, CHUNK)
+            e = weights(x, top, LOG2E)
+            leave(line_stats, c, rows.C, top, tl.sum(e, 0), best)
+            own = line_stats + c
+            if HAS_SECOND:
+                at = start + tl.arange(0, CHUNK)
+                second = tl.max(tl.where(at == best, -INFINITY, x), 0)
+                tl.store(own + SECOND * rows.C, second)
+            if HAS_ENERGY and not ENERGY_TEMPERED:
+                tl.store(own + ENERGY * rows.C, energy_of(x, e, top, LOG2E))
+            if HAS_TEMPERED:
+                e_t = weights(x, top, scale)
+                tl.store(own + TEMPERED_SUM * rows.C, tl.sum(e_t, 0))
+                if HAS_ENERGY and ENERGY_TEMPERED:
+                    tl.store(own + ENERGY * rows.C, energy_of(x, e_t, top, scale))
+            if HAS_NOISE:
+                noise = chunk_gumbel(
+                    DRAFT,
+                    seed_of(keys, b, PER_REQUEST),
+                    offset_of(keys, b),
+                    position_of(keys, b, i),
+                    start,
+                    CHUNK,
+                )
+                value, at_value = noisiest(x, top, temperature, noise, start, CHUNK)
+                tl.store(own + NOISY * rows.C, value)
+                where = (own + NOISY_AT * rows.C).to(tl.pointer_type(tl.int32))
+                tl.store(where, at_value)
+
+
+@triton.jit
+def noisiest(x, top, temperature, noise, start, CHUNK: tl.constexpr):
+    """(largest perturbed value less the top, its lowest index) of a chunk."""
+    at = start + tl.arange(0, CHUNK)
+    value = perturbed(x, top, temperature, noise)
+    largest = tl.max(value, 0)
+    return largest, tl.min(tl.where(value == largest, at, NO_TOKEN), 0)
