@@ -20,6 +20,7 @@ RULES = (
     "traversal_without_replacement",
     "target_only",
 )
+HAS = ("reference", "triton")
 
 
 def rejection_sample_tree(
@@ -159,7 +160,7 @@ def rejection_sample_tree(
         static_number("threshold_single", threshold_single, minimum=0),
         static_number("threshold_acc", threshold_acc, minimum=0),
         *arguments.random(seed, offset, positions, uniforms, sizes, device),
-        *(bool(return_logprobs), choose("rejection_sample_tree", backend)),
+        *(bool(return_logprobs), choose("rejection_sample_tree", backend, HAS, target)),
     )
     tokens, num_accepted, path, logprobs = binding.call(_op, _run, *args)
     return Verified(tokens, num_accepted, path, logprobs if return_logprobs else None)
@@ -169,7 +170,11 @@ def _run(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.rejection_sample_tree(*args)
-    raise unavailable("rejection_sample_tree", backend)
+    if backend == "triton":
+        from .triton_kernels import rejection_sample_tree as triton
+
+        return triton.rejection_sample_tree(*args)
+    raise unavailable("rejection_sample_tree", backend, HAS)
 
 
 def _fake(

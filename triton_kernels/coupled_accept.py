@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configurations
-from .devices import on_device_of
+from .devices import architecture, on_device_of, table_of
 from .law_prepare import CHUNK, chunks_a_program
 from .law_rows import pair
 from .philox import DRAFT, chunk_gumbel
@@ -182,12 +182,12 @@ def coupled_accept(
         (float(temperature), temperature_tensor), keys, stats, per_request(seed_tensor),
     )  # fmt: skip
     C = stats.shape[2]
-    per = chunks_a_program(B * M, C)
+    per, arch = chunks_a_program(B * M, C), architecture(draft_logits)
     with on_device_of(draft_logits):
-        mixed_chunks[(B * M, -(-C // per))](**common, per=per, **CONFIGURATIONS[("chunks",)])
+        mixed_chunks[(B * M, -(-C // per))](**common, per=per, **CONFIGURATIONS[("chunks", arch)])
         accepted_prefix[(B,)](
             **common, **decision(tokens, num_accepted, force_first, both),
-            **CONFIGURATIONS[("prefix",)],
+            **CONFIGURATIONS[("prefix", arch)],
         )  # fmt: skip
     return num_accepted
 
@@ -241,8 +241,10 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
         )  # fmt: skip
         note = str(dtype).removeprefix("torch.") + " odd stride" * odd
         rows: dict[str, Any] = dict(streamed=2 * CHUNK * dtype.itemsize, aligned=not odd, note=note)
-        yield StaticCall(mixed_chunks, ("chunks",), dict(common, per=2), dtype, **rows)
+        yield StaticCall(
+            mixed_chunks, ("chunks", table_of(arch)), dict(common, per=2), dtype, **rows
+        )
         tokens, counts = empty(B, M, dtype=torch.int64), empty(B, dtype=torch.int32)
         given = dict(common, **decision(tokens, counts, not odd, both))
-        rows["streamed"] //= CHUNK // CONFIGURATIONS[("prefix",)]["CHUNK"]
-        yield StaticCall(accepted_prefix, ("prefix",), given, dtype, **rows)
+        rows["streamed"] //= CHUNK // CONFIGURATIONS[("prefix", table_of(arch))]["CHUNK"]
+        yield StaticCall(accepted_prefix, ("prefix", table_of(arch)), given, dtype, **rows)

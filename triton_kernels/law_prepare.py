@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configurations
+from .devices import architecture, table_of
 from .law_rows import (
     CHUNK,
     LawRows,
@@ -177,6 +178,7 @@ def prepare(
     all_rows = rows + (batch * draft.R if draft is not None else 0)
     if all_rows == 0:
         return
+    arch = architecture(law.x)
     chunks = max(law.C, draft.C if draft is not None else 0)
     per = chunks_a_program(all_rows, chunks)
     counts = dict(zip(("count", "count_of", "stride_count"), pair(*count)))
@@ -184,7 +186,7 @@ def prepare(
     second = dict(draft=draft, draft_numbers=draft_numbers, draft_more=draft_more)
     chunk_laws[(all_rows, -(-chunks // per))](
         **first, **second, **counts, rows=rows, per=per, arrivals=arrivals,
-        **CONFIGURATIONS[("chunks",)],
+        **CONFIGURATIONS[("chunks", arch)],
     )  # fmt: skip
     if draft is not None:
         prepare_vocab(draft)
@@ -197,7 +199,7 @@ def prepare(
     if first["law"].floors is not None:  # type: ignore[union-attr]
         blocks = dict(BLOCK_C=power_of_two(first["law"].C), DRAFT_BLOCK_C=power_of_two(chunks))
         row_floors[(all_rows,)](
-            **first, **second, **counts, rows=rows, **blocks, **CONFIGURATIONS[("floors",)]
+            **first, **second, **counts, rows=rows, **blocks, **CONFIGURATIONS[("floors", arch)]
         )
 
 
@@ -205,7 +207,7 @@ def prepare_vocab(law: LawRows) -> None:
     """Where a reduced vocabulary's columns lie in the target's."""
     if law.vocab is not None:
         grid = (law.target_C + 2,)
-        entry = CONFIGURATIONS[("vocab",)]
+        entry = CONFIGURATIONS[("vocab", architecture(law.x))]
         index_vocab[grid](law.vocab, law.firsts, law.V, law.target_C, **entry)
 
 
@@ -266,10 +268,12 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
         rows: dict[str, Any] = dict(streamed=CHUNK * dtype.itemsize, aligned=not odd, note=note)
         given: dict[str, Any] = dict(law=law, numbers=numbers, **common)
         given |= dict(draft=None, draft_numbers=None, draft_more=0)
-        yield StaticCall(chunk_laws, ("chunks",), dict(given, per=1, arrivals=None), dtype, **rows)
+        yield StaticCall(
+            chunk_laws, ("chunks", table_of(arch)), dict(given, per=1, arrivals=None), dtype, **rows
+        )
         if law.floors is not None:
             given |= dict(BLOCK_C=power_of_two(law.C), DRAFT_BLOCK_C=1)
-            yield StaticCall(row_floors, ("floors",), given, dtype, **rows)
+            yield StaticCall(row_floors, ("floors", table_of(arch)), given, dtype, **rows)
         if law.vocab is not None:
             given = dict(vocab=law.vocab, firsts=law.firsts, Vd=law.V, target_C=law.target_C)
-            yield StaticCall(index_vocab, ("vocab",), given, torch.int64, note=note)
+            yield StaticCall(index_vocab, ("vocab", table_of(arch)), given, torch.int64, note=note)

@@ -11,9 +11,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import BackendUnavailable
 from . import configurations
-from .ancestors import entry_of
-from .devices import on_device_of
+from .devices import architecture, on_device_of, table_of
 from .greedy_kernels import RULES, Drafted, row_limits, walk
 from .law_prepare import CHUNK, example, prepare
 from .law_rows import LawRows, law_rows, numbers_of, pair
@@ -50,7 +50,13 @@ def verify_greedy(
     path = torch.empty((B, width), dtype=torch.int32, device=device)
     num_accepted = torch.empty((B,), dtype=torch.int32, device=device)
     drafted = drafted_of(draft_tokens, parents, num_drafts_tensor, T, first_match)
-    entry = entry_of("verify_greedy", CONFIGURATIONS, T)
+    arch = architecture(draft_tokens)
+    entry = CONFIGURATIONS.get((max(power_of_two(T), 64), arch))
+    if entry is None:
+        raise BackendUnavailable(
+            "verify_greedy: 'triton' cannot run this call: trees of up to 1024 nodes, as one "
+            f"program holds all of them, got {T}"
+        )
     if B == 0:
         return tokens, num_accepted, path
     # other rules read the argmax alone, whatever the temperature
@@ -72,7 +78,7 @@ def verify_greedy(
             limits = torch.empty((B, T), dtype=torch.float32, device=device)
             row_limits[(B * T,)](
                 law, numbers, drafted, limits, *pair(top_k, top_k_tensor), num_drafts,
-                RULES.index(rule), BLOCK_C=block_c, **CONFIGURATIONS[("limits",)],
+                RULES.index(rule), BLOCK_C=block_c, **CONFIGURATIONS[("limits", arch)],
             )  # fmt: skip
         walk[(B,)](
             law, numbers, drafted, limits, scratch, tokens, num_accepted, path,
@@ -152,14 +158,16 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
         if rule in ("top_k", "typical"):
             given = dict(common, top_k=3, top_k_of=count, stride_top_k=0)
             streamed = 2 * CHUNK
-            yield StaticCall(row_limits, ("limits",), given, dtype, streamed=streamed, note=note)
+            yield StaticCall(
+                row_limits, ("limits", table_of(arch)), given, dtype, streamed=streamed, note=note
+            )
         entry = max(power_of_two(T), 64)
         given = dict(
             common, scratch=empty(B, entry), tokens=empty(B, T, dtype=torch.int64),
             num_accepted=empty(B), path=empty(B, T), width=9, distance=0, threshold=0.3,
             alpha=0.09, IDS=ids,
         )  # fmt: skip
-        yield StaticCall(walk, (entry,), given, dtype, note=note)
+        yield StaticCall(walk, (entry, table_of(arch)), given, dtype, note=note)
 
     for T in (64, 128, 256, 512, 1024):
         yield from calls(T, "exact")

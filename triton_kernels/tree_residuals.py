@@ -1,0 +1,355 @@
+"""A node's laws and what rejections leave of them, for the tree rules.
+
+Nothing of a vocabulary's size is stored: a node's residual p' after some rejected children is told
+by a few numbers a child (``record``), and worked out anew wherever an entry of it is needed, from
+p, q and those numbers, in the order of the rejections:
+
+    p' <- (a p' - q')+ / S, or p' as it was; without replacement q'(x) <- 0, q' <- q' / Q
+
+``a`` is 1 but for traversal. A child's record also names the sibling that was tested after it.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import philox
+from .draws import coin
+from .law_rows import (
+    chunk_weights,
+    draft_chunk,
+    draft_token,
+    least_of,
+    place,
+    raw_chunk,
+    row_edits,
+    temperature_of,
+    token_log,
+    token_weight,
+)
+from .thresholds import filters
+from .vocabulary import (
+    INFINITY,
+    NO_TOKEN,
+    as_scalar,
+    crossing,
+    drawn,
+    number,
+    rescale,
+    scale_of,
+    top_of,
+    weights,
+)
+
+FIELDS = tl.constexpr(4)  # of a record: a, S (negative: p' stayed), Q, another child (int32)
+ACCEPT, RESAMPLE = philox.ACCEPT, philox.RESAMPLE
+
+
+class Tree(NamedTuple):
+    """Drafted trees, and what their walks note, as kernels see them."""
+
+    tokens: Any  # int [B, T]
+    parents: Any  # int [B|1, T]
+    records: Any  # fp32 [B, T, FIELDS]
+    stride_token_b: Any
+    stride_token: Any
+    stride_parent_b: Any
+    stride_parent: Any
+    count_of: Any  # nodes after the root, or None: the kernel's ``count``
+    stride_count: Any
+
+
+class Coins(NamedTuple):
+    """What ``draws.coin`` needs."""
+
+    draws: Any
+    seed: Any
+    offset: Any
+    positions: Any
+
+
+class Row(NamedTuple):
+    """One row of a law; ``weight_chunk`` and ``weight_at`` give e(v), p = e / mass."""
+
+    x: Any  # pointer
+    edits: Any
+    top: Any
+    scale: Any
+    floor: Any
+    least: Any
+    only: Any  # >= 0: all mass on that token of the target's vocabulary
+    mass: Any  # sum of e
+    Z: Any  # without filters
+
+
+# ---- the tree and its coins ---------------------------------------------------------------------
+
+
+@triton.jit
+def last_node(tree, count, b):
+    """Nodes after this one do not exist."""
+    limit = as_scalar(number(count, tree.count_of, tree.stride_count, b), tl.int64)
+    return tl.maximum(limit, 0)
+
+
+@triton.jit
+def read_nodes(tree, b, T, V, limit, BLOCK_T: tl.constexpr):
+    """(index, token, parent) of all nodes; -1 for the root's, and where a node cannot exist."""
+    i = tl.arange(0, BLOCK_T)
+    at = i.to(tl.int64)
+    tokens = tree.tokens + b * tree.stride_token_b + at * tree.stride_token
+    parents = tree.parents + b * tree.stride_parent_b + at * tree.stride_parent
+    x = tl.load(tokens, mask=i < T, other=-1).to(tl.int64)
+    parent = tl.load(parents, mask=i < T, other=-1).to(tl.int64)
+    there = (i > 0) & (i <= limit) & (x >= 0) & (x < V) & (parent >= 0) & (parent < i)
+    return i, tl.where(there, x, -1).to(tl.int32), tl.where(there, parent, -1).to(tl.int32)
+
+
+@triton.jit
+def following(kids, i, last, BLOCK_T: tl.constexpr):
+    """The first of ``kids`` (int32 marks) after ``last``; BLOCK_T if there is none."""
+    return tl.min(tl.where((kids > 0) & (i > last), i, BLOCK_T), 0)
+
+
+@triton.jit
+def token_of(tree, b, child):
+    at = tree.tokens + b * tree.stride_token_b + child.to(tl.int64) * tree.stride_token
+    return tl.load(at).to(tl.int32)
+
+
+@triton.jit
+def node_coin(coins, b, node):
+    """The coin of a node's accept test."""
+    at = node.to(tl.int64)
+    return coin(ACCEPT, coins.draws, coins.seed, coins.offset, coins.positions, b, at, at, at >= 0)
+
+
+@triton.jit
+def last_coin(coins, b, T):
+    """The last token's: column T, index -1."""
+    column, none = as_scalar(T, tl.int64), tl.full([], -1, tl.int64)
+    return coin(
+        RESAMPLE, coins.draws, coins.seed, coins.offset, coins.positions, b, column, none, none < 0
+    )
+
+
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Row i of request b read whole: (Row, masses of its chunks, argmax, present, good).
+
+    The chunks' numbers are those of ``law_prepare``, combined as there, but never leave the
+    program. A row that is not there is not read.
+    """
+    _at, row, present, inside = place(law, b, i)
+    edits = row_edits(law, b, i)
+    temperature = temperature_of(numbers, b)
+    scale = scale_of(temperature)
+    o_c = tl.arange(0, BLOCK_C)
+    nothing = 0.0 if law.PROBS else -INFINITY
+    tops = tl.zeros([BLOCK_C], tl.float32) + nothing
+    sums = tl.zeros([BLOCK_C], tl.float32)
+    bests = tl.zeros([BLOCK_C], tl.int32) + NO_TOKEN
+    for c in range(0, tl.where(inside, law.C, 0)):
+        x = raw_chunk(law, row, edits, c * CHUNK, CHUNK)
+        if law.PROBS:
+            x = tl.where(x >= 0, x, float("nan"))
+        top, best = top_of(x, c * CHUNK, CHUNK)
+        if law.PROBS:
+            total = tl.sum(x, 0)
+        else:
+            total = tl.sum(weights(x, top, scale), 0)
+        tops = tl.where(o_c == c, top, tops)
+        sums = tl.where(o_c == c, total, sums)
+        bests = tl.where(o_c == c, best, bests)
+    number_ = tops == tops
+    top = tl.max(tl.where(number_, tops, nothing), 0)
+    best = tl.min(tl.where(tops == top, bests, NO_TOKEN), 0)
+    broken = tl.max(tl.where(number_, 0, 1), 0)
+    masses = sums
+    if not law.PROBS:
+        masses = sums * rescale(tops, top, scale)
+    Z = tl.sum(masses, 0)
+    good = inside & (broken == 0) & (Z > 0) & (Z < INFINITY) & (temperature >= 0)
+    floor = tl.full([], float("-inf"), tl.float32)
+    mass = Z
+    least = least_of(numbers, b)
+    some = (numbers.top_k is not None) | (numbers.top_p is not None) | (numbers.min_p is not None)
+    if some & (not law.PROBS):  # noqa: SIM102 (known at compile time)
+        if good & (temperature > 0):
+            floor = floor_in(law, numbers, b, row, edits, top, scale, Z)
+            for c in range(law.C):
+                start = c * CHUNK
+                e = chunk_weights(law, row, edits, start, top, scale, floor, least, -1, CHUNK)
+                masses = tl.where(o_c == c, tl.sum(e, 0), masses)
+            mass = tl.sum(masses, 0)
+    only = tl.full([], -1, tl.int32)
+    if law.vocab is None:
+        only = tl.where(temperature == 0, best, only)
+    elif temperature == 0:
+        only = id_of(law, best, good)
+    mass = tl.where(temperature == 0, 1.0, mass)
+    return Row(row, edits, top, scale, floor, least, only, mass, Z), masses, best, present, good
+
+
+@triton.jit
+def floor_in(law, numbers, b, row, edits, top, scale, Z):
+    """The lowest logit that top-k and top-p leave."""
+    top_k, top_p = None, None
+    if numbers.top_k is not None:
+        top_k = number(numbers.top_k, numbers.top_k_of, numbers.stride_top_k, b)
+    if numbers.top_p is not None:
+        top_p = number(numbers.top_p, numbers.top_p_of, numbers.stride_top_p, b)
+    return filters(row, edits, law.V, top, scale, Z, top_k, top_p, False)
+
+
+@triton.jit
+def id_of(law, column, good):
+    """The target's id of a column of a reduced vocabulary; NO_TOKEN where it has none."""
+    token = tl.load(law.vocab + column, mask=good, other=-1).to(tl.int64)
+    return tl.where((token >= 0) & (token < NO_TOKEN), token, NO_TOKEN).to(tl.int32)
+
+
+@triton.jit
+def target_chunk(p, row, start, CHUNK: tl.constexpr):
+    """e(v) of a chunk of the target's law."""
+    return chunk_weights(
+        p, row.x, row.edits, start, row.top, row.scale, row.floor, row.least, -1, CHUNK
+    )
+
+
+@triton.jit
+def target_at(p, row, token):
+    return token_weight(
+        p, row.x, row.edits, token, row.top, row.scale, row.floor, row.least, -1
+    )  # fmt: skip
+
+
+@triton.jit
+def proposal_chunk(q, row, start, CHUNK: tl.constexpr):
+    """q(v) of a chunk of the target's vocabulary."""
+    e = draft_chunk(q, row.x, start, row.top, row.scale, row.floor, row.least, -1, CHUNK)
+    one = tl.where(start + tl.arange(0, CHUNK) == row.only, 1.0, 0.0)
+    return tl.where(row.only >= 0, one, e / row.mass)
+
+
+@triton.jit
+def proposal_at(q, row, token, CHUNK: tl.constexpr):
+    e = draft_token(q, row.x, token, row.top, row.scale, row.floor, row.least, -1, CHUNK)
+    return tl.where(row.only >= 0, tl.where(token == row.only, 1.0, 0.0), e / row.mass)
+
+
+@triton.jit
+def log_of(p, row, token):
+    """log p(token) without filters."""
+    return token_log(p, row.x, row.edits, token, row.top, row.scale, row.Z)
+
+
+# ---- residuals ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def record(tree, b, T, child, a, S, Q, sibling):
+    """Notes the rejection of ``child``, for all threads of the program."""
+    at = tree.records + (b * T + child) * FIELDS
+    tl.store(at, a)
+    tl.store(at + 1, S)
+    tl.store(at + 2, Q)
+    tl.store((at + 3).to(tl.pointer_type(tl.int32)), sibling)
+    tl.debug_barrier()
+
+
+@triton.jit
+def sibling_of(tree, b, T, child):
+    """The child that was tested after this rejected one."""
+    at = tree.records + (b * T + child) * FIELDS + 3
+    return tl.load(at.to(tl.pointer_type(tl.int32)))
+
+
+@triton.jit
+def left_of(p, q, v, tree, b, T, head, count, WITHOUT: tl.constexpr):
+    """(p', q') of the entries v, after ``count`` rejected children from ``head`` on."""
+    child = head
+    for _ in range(count):
+        at = tree.records + (b * T + child) * FIELDS
+        a, S = tl.load(at), tl.load(at + 1)
+        p = tl.where(S < 0, p, tl.maximum(a * p - q, 0.0) / S)
+        if WITHOUT:
+            q = tl.where(v == token_of(tree, b, child), 0.0, q / tl.load(at + 2))
+        child = sibling_of(tree, b, T, child)
+    return p, q
+
+
+@triton.jit
+def laws_chunk(
+    p, q, P, Q, tree, b, T, head, count, start, WITHOUT: tl.constexpr, CHUNK: tl.constexpr
+):
+    """(p', q') of a chunk."""
+    v = start + tl.arange(0, CHUNK)
+    b_p = target_chunk(p, P, start, CHUNK) / P.mass
+    b_q = proposal_chunk(q, Q, start, CHUNK)
+    return left_of(b_p, b_q, v, tree, b, T, head, count, WITHOUT)
+
+
+@triton.jit
+def laws_at(p, q, P, Q, tree, b, T, head, count, token, WITHOUT: tl.constexpr, CHUNK: tl.constexpr):
+    """(p', q') of one token."""
+    one_p = target_at(p, P, token) / P.mass
+    one_q = proposal_at(q, Q, token, CHUNK)
+    return left_of(one_p, one_q, token, tree, b, T, head, count, WITHOUT)
+
+
+@triton.jit
+def residual(
+    p, q, P, Q, tree, b, T, head, count, a, token,
+    WITHOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(masses of (a p' - q')+ a chunk, mass of q' less the token)."""
+    o_c = tl.arange(0, BLOCK_C)
+    masses = tl.zeros([BLOCK_C], tl.float32)
+    rest = tl.zeros([CHUNK], tl.float32)
+    for c in range(p.C):
+        start = c * CHUNK
+        b_p, b_q = laws_chunk(p, q, P, Q, tree, b, T, head, count, start, WITHOUT, CHUNK)
+        masses = tl.where(o_c == c, tl.sum(tl.maximum(a * b_p - b_q, 0.0), 0), masses)
+        if WITHOUT:
+            rest += tl.where(start + tl.arange(0, CHUNK) == token, 0.0, b_q)
+    return masses, tl.sum(rest, 0)
+
+
+@triton.jit
+def drawn_chunk(masses, u, C, BLOCK_C: tl.constexpr):
+    """(chunk of the draw, the mass before it, u times all)."""
+    c, before, target = crossing(masses, u, BLOCK_C)
+    return tl.minimum(c, C - 1), before, target
+
+
+@triton.jit
+def draw_left(
+    p, q, P, Q, tree, b, T, head, count, masses, u,
+    WITHOUT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A token of p', whose chunks have these masses."""
+    c, before, target = drawn_chunk(masses, u, p.C, BLOCK_C)
+    b_p, _ = laws_chunk(p, q, P, Q, tree, b, T, head, count, c * CHUNK, WITHOUT, CHUNK)
+    return drawn(b_p, before, target, c * CHUNK, CHUNK)
+
+
+@triton.jit
+def draw_plain(p, P, masses, u, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A token of p itself."""
+    c, before, target = drawn_chunk(masses, u, p.C, BLOCK_C)
+    return drawn(target_chunk(p, P, c * CHUNK, CHUNK), before, target, c * CHUNK, CHUNK)
+
+
+@triton.jit
+def draw_whole(p, P, u, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A token of p, whose chunks' masses are not at hand."""
+    o_c = tl.arange(0, BLOCK_C)
+    masses = tl.zeros([BLOCK_C], tl.float32)
+    for c in range(p.C):
+        masses = tl.where(o_c == c, tl.sum(target_chunk(p, P, c * CHUNK, CHUNK), 0), masses)
+    return draw_plain(p, P, masses, u, CHUNK, BLOCK_C)
