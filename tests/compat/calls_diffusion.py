@@ -30,6 +30,7 @@ def transfer(function: Callable[..., Any], *rest: Any, **more: Any) -> Callable[
 
 
 def schedule(batch: int) -> Call:
+    llada.get_num_transfer_tokens(block(1)[0], 3)  # two constants of 3 steps are made once
     return llada.get_num_transfer_tokens, (block(batch)[0], 3), {}
 
 
@@ -61,31 +62,27 @@ def decoder(kind: Callable[..., Any]) -> Callable[[int], Call]:
     return make
 
 
-# Two ops, and between them [B, L] tensors: which rows to read, what is masked, what was proposed.
-TRANSFER = 15.0
 CALLS: dict[str, Adapter] = {
-    "get_num_transfer_tokens": Adapter(schedule, budget=12.0),  # no op: arithmetic of [B, steps]
-    "get_transfer_index, schedule": Adapter(fixed, budget=TRANSFER),
-    "get_transfer_index, drawn": Adapter(drawn, budget=TRANSFER),
+    "get_num_transfer_tokens": Adapter(schedule),
+    "get_transfer_index, schedule": Adapter(fixed),
+    "get_transfer_index, drawn": Adapter(drawn),
     "get_transfer_index, threshold": Adapter(
-        transfer(fast_dllm.get_transfer_index, None, 0.9, mask_id=MASK), budget=TRANSFER
+        transfer(fast_dllm.get_transfer_index, None, 0.9, mask_id=MASK)
     ),
     "get_transfer_index_dynamic": Adapter(
-        transfer(fast_dllm.get_transfer_index_dynamic, None, 1.0, mask_id=MASK), budget=TRANSFER
+        transfer(fast_dllm.get_transfer_index_dynamic, None, 1.0, mask_id=MASK)
     ),
     "get_transfer_index_dynamic, as theirs": Adapter(
         transfer(
             fast_dllm.get_transfer_index_dynamic, None, 1.0, mask_id=MASK, bug_compatible=True
         ),
-        budget=25.0,
     ),
     "get_transfer_index_entropy": Adapter(
-        transfer(dparallel.get_transfer_index_entropy, None, 0.5, mask_id=MASK), budget=TRANSFER
+        transfer(dparallel.get_transfer_index_entropy, None, 0.5, mask_id=MASK)
     ),
-    "get_transfer_index_threshold": Adapter(dinfer_threshold, budget=TRANSFER),
+    "get_transfer_index_threshold": Adapter(dinfer_threshold),
     "get_transfer_index_hierarchy_fast_v2": Adapter(
         transfer(dinfer.get_transfer_index_hierarchy_fast_v2, None, MASK, 0.9, 0.4),
-        budget=TRANSFER,
     ),
     "sample_tokens": Adapter(lambda batch: (dream.sample_tokens, (logits(batch), 0.0, 0.9), {})),
     "sample_tokens, drawn": Adapter(
@@ -98,7 +95,6 @@ CALLS: dict[str, Adapter] = {
     "HierarchyDecoder": Adapter(decoder(dinfer.HierarchyDecoder)),
     "CreditThresholdParallelDecoder": Adapter(
         decoder(dinfer.CreditThresholdParallelDecoder),
-        budget=60.0,
         not_compiled="keeps the credit of its rows from call to call",
     ),
 }

@@ -41,12 +41,11 @@ CALLS: dict[str, Adapter] = {
     "attention, a mask": Adapter(attention_mask),
     "make_mask": Adapter(
         masks,
-        budget=60.0,  # once a forward pass; it calls no op, this is all its time
+        budget=60.0,  # a mask is converted, once a forward pass; it calls no op
         reads_data="its device is an argument",
     ),
     "_speculative_sampling": Adapter(
         speculative_sampling,
-        budget=12.0,  # torch.rand, and the host read that theirs makes as well
         not_compiled="the result's width follows the data, as theirs does",
         reads_data="the result's width follows the data, as theirs does",
     ),

@@ -122,6 +122,6 @@ CALLS = {
     "batched_remask": Adapter(remask),
     "llada2_remask": Adapter(llada2),
     "Llada2DefaultRemaskingPolicy": Adapter(
-        policy, budget=60, not_compiled="Python lists in and out", reads_data="the same"
+        policy, not_compiled="Python lists in and out", reads_data="the same"
     ),
 }

@@ -1,18 +1,19 @@
 """dInfer's parallel_strategy.py on pydecode: decoders and rules (inclusionAI/dInfer, fce4e32).
 
 Decoders write into ``x[:, block_start:block_end]``, ``x`` a tensor or a TokenArray, from logits
-[B, block_end - block_start, V] of any strides but the last. One ``unmask`` a step (two ops for
-credit), no read of the device, batches of any size under every rule. As ``decode`` has no argument
-for it, the draws' seed comes from torch's generator, or from ``seed=`` of the constructor.
+[B, block_end - block_start, V] of any strides but the last. One ``unmask`` a step (for credit two
+and an ``earn_credit``), no read of the device, batches of any size under every rule. As ``decode``
+has no argument for it, the draws' seed comes from torch's generator, or from ``seed=`` of the
+constructor.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import pydecode
 
-from .credit import Credit
 from .dinfer_rules import (
     NEAR_TIES,
     get_transfer_index_hierarchy_fast_v2,
@@ -134,8 +135,9 @@ class CreditThresholdParallelDecoder(ThresholdParallelDecoder):
 
     Replaces the class of that name. A step's most probable token of a masked row earns
     p ** boost_gamma, and all credit decays by decay_beta a step. Theirs holds a dense fp32
-    [B, L, V] for every block; ours the few credited ids of each row, handed to the op as a sparse
-    bias. The credit of one block is held, and gone once x has no masks left, without reading it.
+    [B, L, V] for every block; ours the few credited ids of each row of one block, which
+    ``pydecode.earn_credit`` keeps and ``unmask`` takes as a sparse bias. A request's credit is gone
+    once its row of x has no masks left, without reading it (theirs: once no request has any).
     """
 
     def __init__(
@@ -149,7 +151,6 @@ class CreditThresholdParallelDecoder(ThresholdParallelDecoder):
         self.credit_alpha = credit_alpha
         self.boost_gamma = boost_gamma
         self.decay_beta = decay_beta
-        self._credit: Credit | None = None
         self._credit_of: tuple[Any, ...] = ()
 
     def decode(
@@ -160,21 +161,44 @@ class CreditThresholdParallelDecoder(ThresholdParallelDecoder):
         x: Any,
         iter_threshold: float | None = None,
     ) -> None:
-        block = x[:, block_start:block_end]
-        if logits.shape[:2] != block.shape:
-            want = ", ".join(map(str, block.shape))
-            raise ValueError(
-                f"logits: expected shape [B, L, V] = [{want}, V], got {list(logits.shape)}"
-            )
-        key = (block_start, block_end, block.shape, block.device)
-        if self._credit is None or self._credit_of != key:
-            self._credit, self._credit_of = Credit(block), key
-        credit = self._credit
-        credit.earn(logits, block == self.mask_id, self.mask_id, self.boost_gamma, self.decay_beta)
-        bias: dict[str, Any] = dict(bias_ids=credit.ids, bias=credit.bias(self.credit_alpha))
-        self._fill(logits, block_start, block_end, x, **self._rule(iter_threshold), **bias)
         whole = x if isinstance(x, Tensor) else x.data
-        credit.keep_if((whole == self.mask_id).any())
+        block, mask_id = whole[:, block_start:block_end], self.mask_id
+        best, tokens = pydecode.unmask(
+            block, logits, mask_id=mask_id, k=0, min_commit=0, return_proposals=True
+        )
+        of = (block_start, block_end, whole.shape, whole.device)
+        if self._credit_of != of:
+            self._credit_of = of
+            # L slots are enough: a step credits a token a row, and fills at least one row a request
+            B, L = block.shape
+            self._ids = block.new_full((B, L, L), -1)
+            self._credit = torch.zeros((B, L, L), device=whole.device)
+            self._masks = torch.zeros(whole.shape, dtype=torch.bool, device=whole.device)
+        bias = pydecode.earn_credit(
+            self._ids,
+            self._credit,
+            tokens,
+            best.confidence,
+            alive=self._masks,
+            gamma=self.boost_gamma,
+            decay=self.decay_beta,
+            alpha=self.credit_alpha,
+        )
+        pydecode.unmask(
+            block,
+            logits,
+            mask_id=mask_id,
+            rule="threshold",
+            threshold=self.threshold if iter_threshold is None else iter_threshold,
+            slack=NEAR_TIES,
+            temperature=self.temperature,
+            bias_ids=self._ids,
+            bias=bias,
+            out=block,
+            **draws(self.temperature, "low_confidence", self.seed, self._calls, block),
+        )
+        self._calls += 1
+        torch.eq(whole, mask_id, out=self._masks)  # in place: the next step may be a graph's
 
 
 class FixedParallelDecoder(ParallelDecoder):

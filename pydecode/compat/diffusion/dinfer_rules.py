@@ -33,7 +33,7 @@ def get_transfer_index_threshold(
     theirs. ``use_float64`` changes nothing: confidences are fp32, fp64 for fp64 logits. Other
     keywords are read by neither.
     """
-    return transfer(
+    x0, step = transfer(
         logits,
         mask_index,
         x,
@@ -46,6 +46,7 @@ def get_transfer_index_threshold(
         threshold=threshold,
         slack=NEAR_TIES,
     )
+    return x0, step.committed
 
 
 def get_transfer_index_hierarchy_fast_v2(
@@ -80,7 +81,7 @@ def get_transfer_index_hierarchy_fast_v2(
         rule = dict(rule="top_k", k=counts(num_transfer_tokens), min_commit=0)
     else:
         raise ValueError(f"threshold: expected None with num_transfer_tokens, got {threshold}")
-    return transfer(
+    x0, step = transfer(
         logits,
         mask_index,
         x,
@@ -91,6 +92,7 @@ def get_transfer_index_hierarchy_fast_v2(
         offset=offset,
         **rule,
     )
+    return x0, step.committed
 
 
 def segments(threshold: float | None, low_threshold: float | None) -> dict[str, Any]:

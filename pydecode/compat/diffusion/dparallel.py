@@ -36,7 +36,7 @@ def get_transfer_index_entropy(
         rule = dict(rule="threshold", threshold=1 - entropy_threshold)
     else:
         rule = dict(rule="entropy", threshold=entropy_threshold)
-    return transfer(
+    x0, step = transfer(
         logits,
         mask_index,
         x,
@@ -48,3 +48,4 @@ def get_transfer_index_entropy(
         confidence="neg_entropy",
         **rule,
     )
+    return x0, step.committed

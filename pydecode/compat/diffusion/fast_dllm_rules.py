@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .transfer import counts, transfer
+
+ONE = torch.ones((), dtype=torch.int32)  # comparing with it costs the host less than with a number
 
 
 def get_transfer_index(
@@ -47,7 +50,7 @@ def get_transfer_index(
         rule = dict(rule="top_k", k=counts(num_transfer_tokens), min_commit=0)
     else:
         rule = dict(rule="threshold", threshold=threshold)
-    return transfer(
+    x0, step = transfer(
         logits,
         mask_index,
         x,
@@ -58,6 +61,7 @@ def get_transfer_index(
         offset=offset,
         **rule,
     )
+    return x0, step.committed
 
 
 def get_transfer_index_dynamic(
@@ -83,7 +87,7 @@ def get_transfer_index_dynamic(
     several candidates fails: it is taken all the same, so two masks always go together.
     ``bug_compatible`` does so too. A request with no masks left is an IndexError there.
     """
-    x0, taken = transfer(
+    x0, step = transfer(
         logits,
         mask_index,
         x,
@@ -96,6 +100,6 @@ def get_transfer_index_dynamic(
         factor=factor,
     )
     if bug_compatible:
-        last = mask_index & ~taken
-        taken = taken | (last & (last.sum(-1, keepdim=True) == 1))
-    return x0, taken
+        alone = step.num_left.eq(ONE).unsqueeze(1)
+        return x0, torch.where(alone, mask_index, step.committed)
+    return x0, step.committed

@@ -25,9 +25,31 @@ def get_num_transfer_tokens(mask_index: Tensor, steps: int) -> Tensor:
 
     mask_index [B, L] bool -> int64 [B, steps].
     """
-    masks = mask_index.sum(dim=1, keepdim=True)
-    step = torch.arange(steps, device=mask_index.device)
-    return masks // steps + (step < masks % steps)
+    late, divisor = _schedule(steps, mask_index)
+    return mask_index.sum(1, True).sub(late).floor_divide_(divisor)  # (m - i) / steps, rounded up
+
+
+# What a schedule needs beside the masks, by steps and device: two of its five launches.
+_SCHEDULES: dict[Any, tuple[Tensor, Tensor]] = {}
+
+
+def _schedule(steps: int, like: Tensor) -> tuple[Tensor, Any]:
+    """1 - steps .. 0, and steps, on the tensor's device."""
+    # a traced tensor, or a captured graph's memory, must not outlive its trace
+    kept = not torch.compiler.is_compiling() and type(like) is Tensor and type(steps) is int
+    if kept and (found := _SCHEDULES.get((steps, like.device))) is not None:
+        return found
+    late = torch.arange(1 - steps, 1, device=like.device)
+    if not kept or type(late) is not Tensor or _capturing(late):
+        return late, steps
+    if len(_SCHEDULES) >= 64:  # schedules of that many lengths
+        _SCHEDULES.clear()
+    made = late, torch.full((), steps, dtype=late.dtype, device=like.device)
+    return _SCHEDULES.setdefault((steps, like.device), made)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the peers' transfer functions share: rows picked without a copy, draws, score and commit."""
+"""What the peers' transfer functions share: one ``unmask``, its draws, rows without a copy."""
 
 import math
 from typing import Any
@@ -8,9 +8,10 @@ from torch import Tensor
 
 import pydecode
 
+from ...results import Unmasked
 from ...validation import expect_dtype
 
-NO_MASK = -1  # outside every vocabulary, so that commit refuses no proposal on its account
+NO_MASK = -1  # outside every vocabulary, so that no proposal is refused on its account
 
 
 def transfer(
@@ -25,10 +26,10 @@ def transfer(
     offset: int | Tensor,
     confidence: str = "probability",
     **rule: Any,
-) -> tuple[Tensor, Tensor]:
-    """(x0, transfer_index) [B, L] of logits [B, L, V]: masked rows are read, and a rule picks some.
+) -> tuple[Tensor, Unmasked]:
+    """x0 [B, L] of logits [B, L, V], and the step: masked rows are read, and a rule picks some.
 
-    x0 is the proposal of every row in ``mask_index`` and x elsewhere. ``rule``: of ``commit``.
+    x0 is the proposal of every row in ``mask_index`` and x elsewhere. ``rule``: of ``unmask``.
     """
     if logits.dim() != 3 or not mask_index.shape == x.shape == logits.shape[:2]:
         raise ValueError(
@@ -36,23 +37,18 @@ def transfer(
             f"{list(logits.shape)}, {list(mask_index.shape)} and {list(x.shape)}"
         )
     expect_dtype("mask_index", mask_index, (torch.bool,))
-    rows, index = as_rows(logits)
-    scores = pydecode.sample_and_score(
-        rows,
-        row_index=torch.where(mask_index, index, -1),
+    step, x0 = pydecode.unmask(
+        x,
+        logits,
+        mask_id=NO_MASK if mask_id is None else mask_id,
+        masked=mask_index,
+        return_proposals=True,
         temperature=temperature,
         confidence=confidence_of(remasking, confidence),
-        exclude_ids=excluded(mask_id, logits),
         **draws(temperature, remasking, seed, offset, x),
-    )
-    step = pydecode.commit(
-        x.masked_fill(mask_index, NO_MASK),
-        scores.tokens,
-        scores.confidence,
-        mask_id=NO_MASK,
         **rule,
     )
-    return torch.where(scores.tokens >= 0, scores.tokens, x), step.committed
+    return x0, step
 
 
 def as_rows(logits: Tensor) -> tuple[Tensor, Tensor]:

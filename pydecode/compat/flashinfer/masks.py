@@ -99,9 +99,16 @@ class Places(NamedTuple):
 
 
 def of_plan(
-    custom_mask: Tensor | None, packed_custom_mask: Tensor | None, lengths: Lengths, whole: bool
+    custom_mask: Tensor | None,
+    packed_custom_mask: Tensor | None,
+    lengths: Lengths,
+    whole: bool,
+    pack: bool,
 ) -> tuple[Tensor, Places]:
-    """The bits of a plan's mask, and where each request's are. Packed counts if both are given."""
+    """The bits of a plan's mask, and where each request's are. Packed counts if both are given.
+
+    A mask of bools stays as it is unless ``pack``.
+    """
     size = lengths.rows * lengths.keys
     if packed_custom_mask is not None:
         name, mask = "packed_custom_mask", expect_tensor("packed_custom_mask", packed_custom_mask)
@@ -111,7 +118,9 @@ def of_plan(
     else:
         name, mask = "custom_mask", expect_tensor("custom_mask", custom_mask)
         expect_dtype(name, mask, (torch.bool, torch.uint8))
-        bits, got = packbits(mask.reshape(-1), "little"), mask.numel()
+        flat, got = mask.reshape(-1), mask.numel()
+        # a copy: what the caller does to the mask after the plan is not seen
+        bits = packbits(flat, "little") if pack or checking() else flat != 0
     if page_lists.on_host(size) or checking():
         want = int(size.sum())
         if got < want or (got > want and packed_custom_mask is None):
@@ -169,10 +178,18 @@ def rows_window(qo_indptr: Tensor, total: int, words: int, window_left: int) -> 
 def read_words(bits: Tensor, first: Tensor, words: int) -> Tensor:
     """The 64 * words bits from bit ``first`` [rows] on, little end first, as int64 [rows, words].
 
-    Bits past either end of ``bits`` (uint8, flat) are made up.
+    Bits past either end of ``bits`` (uint8 or bool, flat) are made up.
     """
     if bits.shape[0] == 0:
         return first.new_zeros(first.shape[0], words)
+    if bits.dtype == torch.bool:
+        at = first[:, None] + torch.arange(64 * words, device=bits.device)
+        seen = bits[at.clamp_(0, bits.shape[0] - 1)]
+        return (
+            _weigh(seen.view(torch.uint8).view(-1, 8), "little")
+            .view(-1, 8 * words)
+            .view(first.dtype)
+        )
     # one byte more than is wanted, for a row may start inside a byte
     at = (first >> 3)[:, None] + torch.arange(8 * words + 1, device=bits.device)
     byte = bits[at.clamp_(0, bits.shape[0] - 1)].int()

@@ -62,27 +62,35 @@ def merge_state_in_place(
     ``mask`` [n], bool or 0/1: a row where it is not set keeps its bits. Ours updates an s of any
     float dtype (theirs updates an fp32 copy of any other).
     """
-    merged, lse = _merge_two(v, s, v_other, s_other)
+    _expect_two(v, s, v_other, s_other)
     if mask is not None:
         if mask.shape != v.shape[:1]:
             raise ValueError(f"mask: expected [n] = [{v.shape[0]}], got {list(mask.shape)}")
-        chosen = mask.bool()
-        merged = torch.where(chosen.view(-1, 1, 1), merged, v)
-        lse = torch.where(chosen.view(-1, 1), lse, s)
-    v.copy_(merged)
-    s.copy_(lse)
+        mask = mask.bool()
+    dtype, lse = _lse_dtype(v), s.mT
+    other = s_other.mT
+    if s.dtype == s_other.dtype == dtype:
+        states = [v, v_other], [lse, other]
+        pydecode.merge_states(*states, mask=mask, log_base=2.0, out=v, out_lse=lse)
+        return
+    states = [v, v_other], [lse.to(dtype), other.to(dtype)]
+    lse.copy_(pydecode.merge_states(*states, mask=mask, log_base=2.0, out=v)[1])
 
 
 def _merge_two(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
     """s [n, H], a view."""
-    if not s_a.shape == s_b.shape == v_a.shape[:-1]:
-        got = ", ".join(str(list(x.shape)) for x in (v_a, s_a, s_b))
-        raise ValueError(f"v, s, s: expected [n, H, D], [n, H] and [n, H], got {got}")
+    _expect_two(v_a, s_a, v_b, s_b)
     dtype = _lse_dtype(v_a)
     # a conversion that has nothing to do still costs the host 0.7 us
     s_a, s_b = (s if s.dtype == dtype else s.to(dtype) for s in (s_a, s_b))
     out, lse = pydecode.merge_states([v_a, v_b], [s_a.mT, s_b.mT], log_base=2.0)
     return out, lse.mT
+
+
+def _expect_two(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> None:
+    if not s_a.shape == s_b.shape == v_a.shape[:-1]:
+        got = ", ".join(str(list(x.shape)) for x in (v_a, s_a, s_b))
+        raise ValueError(f"v, s, s: expected [n, H, D], [n, H] and [n, H], got {got}")
 
 
 def _lse_dtype(v: Tensor) -> torch.dtype:

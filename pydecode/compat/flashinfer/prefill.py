@@ -1,8 +1,7 @@
 """FlashInfer's prefill and append attention over a paged cache, on ``tree_attention``."""
 
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +10,9 @@ import pydecode
 
 from ...attention_arguments import MAX_ROWS
 from ...validation import expect_choice, expect_tensor
-from .prefill_state import Buffers, State
+from .prefill_state import Buffers, State, may_be_kept
 
-LOG2_E = math.log2(math.e)
 Cache = Tensor | tuple[Tensor, Tensor]
-
-
-class _Planned(NamedTuple):
-    """What ``run`` must be handed."""
-
-    q: tuple[int, int]  # Hq, D
-    k: tuple[int, int, int]  # page_size, Hkv, D
-    Dv: int
-    q_dtype: torch.dtype
-    kv_dtype: torch.dtype
 
 
 class BatchPrefillWithPagedKVCacheWrapper:
@@ -119,7 +107,11 @@ class BatchPrefillWithPagedKVCacheWrapper:
             lists = (qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf)
             buffers = Buffers.of(*lists, paged_kv_last_page_len_buf, custom_mask_buf)
         self._state = State(self.device, buffers)
-        self._planned: _Planned | None = None
+        # Hq, D, page_size, Hkv, D, Dv and the dtypes of q and of the cache
+        self._planned: tuple[Any, ...] | None = None
+        self._passed: tuple[Any, ...] | None = None  # what the last run since the plan was handed
+        self._log2_e: Tensor | None = None  # for an lse of its shape
+        self._head_dim = 1
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -166,6 +158,8 @@ class BatchPrefillWithPagedKVCacheWrapper:
     ) -> None:
         """Takes a batch's page lists, lengths and mask; once a step, outside of graphs.
 
+        The lists are converted here; the mask's bits by the first ``run`` that reads them.
+
         Args:
             qo_indptr: int32 or int64 [B+1], on the device or the host, as all that follow: request
                 b's rows are q[qo_indptr[b]:qo_indptr[b+1]].
@@ -184,6 +178,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
             token_pos_in_items_len=token_pos_in_items_len or None,
             max_item_len_ptr=max_item_len_ptr,
         )
+        self._head_dim = head_dim_qk
         self._plan_numbers(causal, pos_encoding_mode, window_left, logits_soft_cap, sm_scale)
         q_dtype = _dtype(q_data_type)
         kv_dtype = q_dtype if kv_data_type is None else _dtype(kv_data_type)
@@ -198,8 +193,8 @@ class BatchPrefillWithPagedKVCacheWrapper:
             *(block_tables, max_token_per_sequence, max_sequence_kv, whole_mask),
         )
         Dv = head_dim_qk if head_dim_vo is None else head_dim_vo
-        sizes = ((num_qo_heads, head_dim_qk), (page_size, num_kv_heads, head_dim_qk), Dv)
-        self._planned = _Planned(*sizes, q_dtype, kv_dtype)
+        sizes = (num_qo_heads, head_dim_qk, page_size, num_kv_heads, head_dim_qk, Dv)
+        self._planned, self._passed = (*sizes, q_dtype, kv_dtype), None
 
     begin_forward = plan
 
@@ -217,7 +212,8 @@ class BatchPrefillWithPagedKVCacheWrapper:
                 f"pos_encoding_mode: expected 'NONE' (rotate q and k before), "
                 f"got {pos_encoding_mode!r}"
             )
-        self._causal, self._window_left, self._sm_scale = causal, window_left, sm_scale
+        self._causal, self._window_left = causal, window_left
+        self._sm_scale = self._head_dim**-0.5 if sm_scale is None else sm_scale
         self._logits_soft_cap = logits_soft_cap or 0.0
 
     def run(
@@ -254,106 +250,119 @@ class BatchPrefillWithPagedKVCacheWrapper:
 
         Returns:
             out [total, Hq, Dv] in q's dtype; with ``return_lse`` also lse fp32 [total, Hq], to the
-            **base 2**: pydecode's (natural) times log2(e).
+            **base 2**: pydecode's (natural) times log2(e), contiguous where ``lse`` is not given.
+
+        The first run of a plan with a mask also reads the mask's bits, one row a row of q, which
+        the runs of the other layers find: at most 60 us of host time there, as a plan.
         """
-        if args or kv_cache_sf is not None or skip_softmax_threshold_scale_factor is not None:
+        unserved = kv_cache_sf is not None or skip_softmax_threshold_scale_factor is not None
+        if args or unserved or use_fp16_softmax or uses_spcompress:
             _refuse(
                 args=args or None,
                 kv_cache_sf=kv_cache_sf,
                 skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor,
+                use_fp16_softmax=use_fp16_softmax or None,
+                uses_spcompress=uses_spcompress or None,
             )
-        if use_fp16_softmax or uses_spcompress:
-            _refuse(use_fp16_softmax=use_fp16_softmax or None, uses_spcompress=uses_spcompress)
         k_cache, v_cache = _split(paged_kv_cache, self._kv_layout)
-        self._expect_planned(q, k_cache, v_cache)
-        scale = q.shape[-1] ** -0.5 if self._sm_scale is None else self._sm_scale
+        total = self._expect_planned(q, k_cache, v_cache)
+        state, scale = self._state, self._sm_scale
         if isinstance(q_scale, Tensor):
             k_scale = q_scale.reshape(()) * (1.0 if k_scale is None else k_scale)
         elif q_scale is not None:
             scale *= q_scale
         wants_lse = return_lse or lse is not None
-        window = self._window_left if window_left is None else window_left
         result: Any = self._attend(
-            *(q, k_cache, v_cache, window),
-            block_table=self._state.table,
-            softmax_scale=scale,
-            softcap=self._logits_soft_cap,
-            sinks=sinks,
-            k_scale=_one_entry(k_scale),
-            v_scale=_one_entry(v_scale),
-            cu_seqlens_q=self._state.qo_indptr,
-            out=out,
-            return_lse=wants_lse,
+            *(q, k_cache, v_cache, total),
+            self._window_left if window_left is None else window_left,
+            {
+                "block_table": state.table,
+                "softmax_scale": scale,
+                "softcap": self._logits_soft_cap,
+                "sinks": sinks,
+                "k_scale": None if k_scale is None else _one_entry(k_scale),
+                "v_scale": None if v_scale is None else _one_entry(v_scale),
+                "cu_seqlens_q": state.qo_indptr,
+                "out": out,
+                "return_lse": wants_lse,
+            },
         )
         if not wants_lse:
             return result
         out, natural = result
+        log2_e = self._log2_e
+        if log2_e is None:
+            log2_e = state.log2_e(natural)
+            if may_be_kept(log2_e):
+                self._log2_e = log2_e
+        base_2 = log2_e.mul(natural.mT)
         if lse is None:
-            lse = natural.new_empty(natural.shape[::-1])
-        elif lse.shape != natural.shape[::-1]:
-            want = list(natural.shape[::-1])
+            return out, base_2
+        if lse.shape != base_2.shape:
+            want = list(base_2.shape)
             raise ValueError(f"lse: expected [total, Hq] = {want}, got {list(lse.shape)}")
-        torch.mul(natural.mT, LOG2_E, out=lse)
+        lse.copy_(base_2)
         return (out, lse) if return_lse else out
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
 
-    def _expect_planned(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    def _expect_planned(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> int:
+        """The number of rows."""
+        shapes = (q.shape, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype)
+        if shapes == self._passed:
+            return shapes[0][0]
         planned = self._planned
         if planned is None:
             raise RuntimeError("run: expected a plan before it")
-        got = (q.shape[1:], k_cache.shape[1:], v_cache.shape[-1], q.dtype, k_cache.dtype)
+        rows, *heads = q.shape
+        _, *page = k_cache.shape
+        got = (*heads, *page, v_cache.size(-1), q.dtype, k_cache.dtype)
         if got != planned:
             raise ValueError(
-                f"q, paged_kv_cache: expected [Hq, D], [page_size, Hkv, D], Dv and dtypes as "
-                f"planned, {tuple(planned)}, got {got}"
+                f"q, paged_kv_cache: expected Hq, D, page_size, Hkv, D, Dv and dtypes as planned, "
+                f"{planned}, got {got}"
             )
         total = self._state.total
-        if total is not None and q.shape[0] != total:
-            raise ValueError(f"q: expected qo_indptr[-1] = {total} rows, got {q.shape[0]}")
+        if total is not None and rows != total:
+            raise ValueError(f"q: expected qo_indptr[-1] = {total} rows, got {rows}")
+        self._log2_e = None
+        if not torch.compiler.is_compiling():
+            self._passed = shapes
+        return rows
 
     def _attend(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int, **kwargs: Any
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        total: int,
+        window: int,
+        kwargs: dict[str, Any],
     ) -> Any:
         """The operator that serves the planned mask."""
-        state, total, causal = self._state, q.shape[0], self._causal
-        n = total if state.max_rows is None else min(total, state.max_rows)
-        window_size = window + 1 if window >= 0 else None
-        cached = (q, k_cache, v_cache)
+        state, causal, masked = self._state, self._causal, self._state.masked
+        n = total if state.max_rows is None or total < state.max_rows else state.max_rows
         few = n <= MAX_ROWS
-        if (state.masked and few and not state.whole) or state.says(n, causal):
-            return pydecode.tree_attention(
-                *cached,
-                mask=state.row_mask(total, n, window),
-                cache_seqlens=state.lengths.context,
-                positions=None if window < 0 else state.row_keys(total),
-                window_size=window_size,
-                max_seqlen_q=n,
-                **kwargs,
-            )
+        kwargs["max_seqlen_q"] = n
+        kwargs["window_size"] = window + 1 if window >= 0 else None
+        if (masked and few and not state.whole) or (n <= state.capable and state.says(causal)):
+            kwargs["mask"] = state.row_mask(total, n, window)
+            kwargs["positions"] = None if window < 0 else state.row_keys(total)
+            kwargs["cache_seqlens"] = state.lengths.context
+            return pydecode.tree_attention(q, k_cache, v_cache, **kwargs)
         # of a window among rows in flight tree_attention knows nothing
-        if not state.masked and few and (window < 0 or (causal and window >= n - 1)):
-            return pydecode.tree_attention(
-                *cached,
-                mask="causal" if causal else None,
-                cache_seqlens=state.lengths.context,
-                window_size=window_size,
-                max_seqlen_q=n,
-                **kwargs,
-            )
-        if state.masked and state.in_graphs:
+        if not masked and few and (window < 0 or (causal and window >= n - 1)):
+            kwargs["mask"] = "causal" if causal else None
+            kwargs["cache_seqlens"] = state.lengths.context
+            return pydecode.tree_attention(q, k_cache, v_cache, **kwargs)
+        if masked and state.in_graphs:
             raise ValueError(_too_many_rows(n, state.max_rows))
-        past = causal and not state.masked
-        return pydecode.ranked_attention(
-            *cached,
-            q_rank=state.row_keys(total) if past else state.last_rank(total),
-            k_rank=state.key_ranks(k_cache.shape[1]),
-            mask=state.key_mask(total, k_cache.shape[1]) if state.masked else None,
-            cache_seqlens=state.lengths.keys,
-            window_size=window_size,
-            max_seqlen_q=n,
-            **kwargs,
-        )
+        past = causal and not masked
+        kwargs["q_rank"] = state.row_keys(total) if past else state.last_rank(total)
+        kwargs["k_rank"] = state.key_ranks(k_cache.shape[1])
+        kwargs["mask"] = state.key_mask(total, k_cache.shape[1]) if masked else None
+        kwargs["cache_seqlens"] = state.lengths.keys
+        return pydecode.ranked_attention(q, k_cache, v_cache, **kwargs)
 
     # ---- what FlashInfer keeps for older callers ------------------------------------------------
 

@@ -1,5 +1,6 @@
 """What a plan leaves for ``run``: tables, lengths and masks, at fixed places in CUDA-graph mode."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,8 @@ class State:
         self._kept: dict[str, Tensor] = {}
         # One entry a row of q, made when a run wants them, by what they are made for.
         self._rows: dict[tuple[int, ...], Tensor] = {}
-        self._ranks: dict[tuple[str, int], Tensor] = {}
+        # What no plan changes.
+        self._constants: dict[Any, Tensor] = {}
 
     def plan(
         self,
@@ -108,6 +110,8 @@ class State:
         self.table = self._keep("table", moved(block_tables))
         if self.buffers is None:
             self._rows = {}
+            if len(self._constants) > 64:  # sizes of batches
+                self._constants = {}
         elif whole_mask:
             raise NotImplementedError("whole_mask: not in CUDA-graph mode")
         self.causal = causal
@@ -174,7 +178,9 @@ class State:
         self.masked = custom_mask is not None or packed_custom_mask is not None
         buffer = None if self.buffers is None else self.buffers.custom_mask
         if self.masked:
-            bits, places = masks.of_plan(custom_mask, packed_custom_mask, lengths, self.whole)
+            bits, places = masks.of_plan(
+                custom_mask, packed_custom_mask, lengths, self.whole, pack=self.buffers is not None
+            )
         elif buffer is not None:
             # a captured run reads custom_mask_buf, so what this plan means must stand there
             if self._uniform is None:
@@ -203,9 +209,9 @@ class State:
     def in_graphs(self) -> bool:
         return self.buffers is not None
 
-    def says(self, n: int, causal: bool) -> bool:
+    def says(self, causal: bool) -> bool:
         """Whether a plan without a mask left one all the same, for graphs that read one."""
-        return not self.masked and n <= self.capable and causal == self.causal
+        return not self.masked and causal == self.causal
 
     def row_mask(self, total: int, n: int, window_left: int) -> Tensor:
         """The packed mask among rows in flight, [total, ceil(n/64)]."""
@@ -237,16 +243,46 @@ class State:
     def key_ranks(self, page_size: int) -> Tensor:
         """0, 1, .. for every place of the table, int32 [1, capacity]."""
         n = self.table.shape[1] * page_size
-        if ("keys", n) not in self._ranks:
-            self._ranks["keys", n] = torch.arange(n, dtype=torch.int32, device=self.device)[None]
-        return self._ranks["keys", n]
+        found = self._constants.get(("keys", n))
+        if found is not None:
+            return found
+        return self._constant(
+            ("keys", n), torch.arange(n, dtype=torch.int32, device=self.device)[None]
+        )
 
     def last_rank(self, total: int) -> Tensor:
         """A rank that sees every key, int32 [total]."""
-        if ("rows", total) not in self._ranks:
-            last = torch.full((total,), 2**31 - 2, dtype=torch.int32, device=self.device)
-            self._ranks["rows", total] = last
-        return self._ranks["rows", total]
+        found = self._constants.get(("rows", total))
+        if found is not None:
+            return found
+        last = torch.full((total,), 2**31 - 2, dtype=torch.int32, device=self.device)
+        return self._constant(("rows", total), last)
+
+    def log2_e(self, lse: Tensor) -> Tensor:
+        """log2(e) in the shape [total, Hq] of FlashInfer's lse, for one of [Hq, total].
+
+        Not a number: as the first factor it makes the product contiguous, by the rule that results
+        of elementwise operations are laid out as their first operand. No two dims may have the same
+        stride for that, nor may a stride be 0; so its rows overlap.
+        """
+        key = (lse.shape, lse.dtype)
+        found = self._constants.get(key)
+        if found is not None:
+            return found
+        Hq, total = lse.shape
+        entries = lse.new_full((2 * total + Hq,), math.log2(math.e))
+        return self._constant(key, entries.as_strided((total, Hq), (2, 1)))
+
+    def _constant(self, key: Any, made: Tensor) -> Tensor:
+        if may_be_kept(made):
+            self._constants[key] = made
+        return made
+
+
+def may_be_kept(made: Tensor) -> bool:
+    """What a capture or a trace makes is that graph's own."""
+    capturing = made.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not capturing and not torch.compiler.is_compiling()
 
 
 def _expect_at_most(name: str, what: str, bound: int | None, *seen: int | None) -> None:

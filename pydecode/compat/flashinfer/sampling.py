@@ -124,8 +124,9 @@ def top_k_top_p_sampling_from_logits(
         raise ValueError(
             f"filter_apply_order: expected one of {', '.join(ORDERS)}, got {filter_apply_order!r}"
         )
-    filters = dict(top_k=top_k, top_p=top_p, filter_order=filter_apply_order)
-    return _from_logits(logits, indices, generator, check_nan, seed, offset, filters)
+    _expect_rows("logits", logits, check_nan)
+    how = dict(top_k=top_k, top_p=top_p, filter_order=filter_apply_order)
+    return _sample(logits, indices, generator, seed, offset, **how)[1]
 
 
 def sampling_from_logits(
@@ -143,7 +144,8 @@ def sampling_from_logits(
     and errors as in ``top_k_top_p_sampling_from_logits``. One draw a row, by inverse CDF (theirs
     draws Gumbel noise for each entry).
     """
-    return _from_logits(logits, indices, generator, check_nan, seed, offset, {})
+    _expect_rows("logits", logits, check_nan)
+    return _sample(logits, indices, generator, seed, offset)[1]
 
 
 def sampling_from_probs(
@@ -163,44 +165,29 @@ def sampling_from_probs(
     NaN or a negative entry, or without mass, gives -1 (theirs: an arbitrary id), and False in
     ``valid``, bool [B], which ``return_valid`` adds.
     """
-    if probs.dim() != 2:
-        raise ValueError(f"probs: expected [B, V], got shape {list(probs.shape)}")
-    _expect_no_nan("probs", probs, check_nan)
-    rows = probs if indices is not None else probs.unsqueeze(1)
-    index = None if indices is None else indices.unsqueeze(1)
-    B = rows.shape[0] if indices is None else indices.shape[0]
-    tokens = pydecode.rejection_sample(
-        None,
-        torch.empty(B, 0, dtype=torch.int32, device=probs.device),
-        target_probs=rows,
-        row_index=index,
-        **_draws((B, 1), probs.device, generator, seed, offset),
-    ).tokens.squeeze(1)
-    samples = tokens.to(torch.int32 if indices is None else indices.dtype)
+    _expect_rows("probs", probs, check_nan)
+    tokens, samples = _sample(probs, indices, generator, seed, offset, probs=True)
     return (samples, tokens >= 0) if return_valid else samples
 
 
-def _from_logits(
-    logits: Tensor,
+def _sample(
+    rows: Tensor,
     indices: Tensor | None,
     generator: torch.Generator | None,
-    check_nan: bool,
     seed: int | Tensor | None,
     offset: int | Tensor | None,
-    filters: dict[str, Any],
-) -> Tensor:
-    if logits.dim() != 2:
-        raise ValueError(f"logits: expected [B, V], got shape {list(logits.shape)}")
-    _expect_no_nan("logits", logits, check_nan)
-    shape = logits.shape[:1] if indices is None else indices.shape
+    **how: Any,
+) -> tuple[Tensor, Tensor]:
+    """The tokens [B] as the operator gives them, and in the peer's dtype."""
+    shape = rows.shape[:1] if indices is None else indices.shape
     tokens = pydecode.sample_and_score(
-        logits,
+        rows,
         temperature=1.0,
         row_index=indices,
-        **filters,
-        **_draws(shape, logits.device, generator, seed, offset),
+        **how,
+        **_draws(shape, rows.device, generator, seed, offset),
     ).tokens
-    return tokens.to(torch.int32 if indices is None else indices.dtype)
+    return tokens, tokens.int() if indices is None else tokens.to(indices.dtype)
 
 
 def _draws(
@@ -212,7 +199,7 @@ def _draws(
 ) -> dict[str, Any]:
     """The operator's arguments: uniforms of torch's generator, or seed and offset."""
     if seed is None and offset is None:
-        return {"uniforms": torch.rand(shape, generator=generator, device=device)}
+        return {"uniforms": torch.rand(*shape, generator=generator, device=device)}
     if seed is None or offset is None:
         # theirs draws from the generator then, and drops the one that was given
         raise ValueError("seed, offset: expected both or neither, got one of them")
@@ -236,6 +223,8 @@ def _count(name: str, counter: Tensor | None, counts: Tensor) -> Tensor:
     return counter.add_(counts)
 
 
-def _expect_no_nan(name: str, x: Tensor, check: bool) -> None:
-    if check and bool(x.isnan().any()):
+def _expect_rows(name: str, x: Tensor, no_nan: bool) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{name}: expected [B, V], got shape {list(x.shape)}")
+    if no_nan and bool(x.isnan().any()):
         raise ValueError(f"{name}: expected no NaN, as check_nan asks for")

@@ -4,7 +4,6 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 import pydecode
 
@@ -49,7 +48,7 @@ def build_tree_kernel_efficient(
             QLEN_ONLY_BITPACKING: 1, 2 or 4 bytes a row (ndt up to 8, 16, 32) of any dtype, bit j of
             row i little end first; every bit is written, so it need not be zeroed.
         positions: **mutated**, int64 [bs * ndt], ``verified_seq_len`` plus the node's depth.
-        retrive_index: **mutated**, int64 [bs, ndt], b * ndt + i.
+        retrive_index: **mutated**, int64 [bs, ndt], contiguous, b * ndt + i.
         retrive_next_token, retrive_next_sibling: **mutated**, int64 [bs, ndt], first child and next
             sibling in index order, -1 where a list ends (theirs counts on a prefill of -1).
         topk, depth, draft_token_num (ndt), tree_mask_mode: static.
@@ -76,10 +75,13 @@ def build_tree_kernel_efficient(
     parents = _parents(parent_list, selected_index, topk)
     first_child, next_sibling = pydecode.trees.links(parents)
     sees = pydecode.trees.mask_from_parents(parents)
-    sees[..., 0].bitwise_or_(1)  # all see the root, also without a parent
+    # all see the root, also without a parent; a slice is not free
+    (sees if sees.shape[-1] == 1 else sees[..., :1]).bitwise_or_(1)
     _write_mask(tree_mask, sees, verified_seq_len, tree_mask_mode)
-    positions.view(B, T).copy_(pydecode.trees.depths(parents) + verified_seq_len.unsqueeze(1))
-    retrive_index.copy_(torch.arange(B * T, device=parents.device).view(B, T))
+    depths = pydecode.trees.depths(parents)
+    torch.add(depths, verified_seq_len.unsqueeze(1), out=positions.view(B, T))
+    rows = retrive_index.view(-1)
+    torch.arange(B * T, out=rows)
     retrive_next_token.copy_(first_child)
     retrive_next_sibling.copy_(next_sibling)
 
@@ -122,13 +124,15 @@ def reconstruct_indices_from_tree_mask(
 
 def _parents(parent_list: Tensor, selected_index: Tensor, topk: int) -> Tensor:
     """[bs, ndt]: each node's parent, -1 for the root and where it was not selected."""
-    nodes = pad(selected_index, (1, 0), value=-2)  # the root as entry -2, which is no other's
-    bucket, last = nodes // topk, parent_list.shape[1] - 1
+    nodes = torch.constant_pad_nd(
+        selected_index, (1, 0), -2
+    )  # the root as entry -2, which is no other's
+    bucket, last = nodes.floor_divide(topk), parent_list.shape[1] - 1
     if last < 0:  # one step: the root's children alone
         return (bucket == 0).long() - 1
-    above = parent_list.gather(1, bucket.clamp(0, last)).masked_fill(bucket == 0, -2)
+    above = parent_list.gather(1, bucket.clamp(0, last)).masked_fill_(bucket == 0, -2)
     selected, parents = (nodes.unsqueeze(1) == above.unsqueeze(2)).max(-1)
-    return parents.masked_fill(~selected, -1)
+    return parents.masked_fill_(~selected, -1)
 
 
 def _write_mask(tree_mask: Tensor, packed: Tensor, seq_len: Tensor, mode: int) -> None:
@@ -153,7 +157,7 @@ def _unpacked(packed: Tensor) -> Tensor:
     T = packed.shape[1]
     if T > 64:
         return pydecode.trees.unpack_mask(packed, T)
-    return (packed >> torch.arange(T, device=packed.device) & 1).bool()
+    return packed << torch.arange(63, 63 - T, -1, device=packed.device) < 0  # each bit as a sign
 
 
 def _write_full_mask(tree_mask: Tensor, mask: Tensor, seq_len: Tensor) -> None:
@@ -163,13 +167,15 @@ def _write_full_mask(tree_mask: Tensor, mask: Tensor, seq_len: Tensor) -> None:
         return
     # counted back from each request's end: i rows up, then columns -ndt .. -1
     row = seq_len + T
-    up, column = torch.arange(1 - T, 1, device=row.device), torch.arange(-T, 0, device=row.device)
-    end = torch.add(row.unsqueeze(1) * up, row.cumsum(0).unsqueeze(1), alpha=T)
-    at = (end.unsqueeze(2) + column).flatten()
+    back = torch.arange(-T, 0, device=row.device)
+    past = torch.add(row, row.cumsum(0), alpha=T)  # one row past the end
+    rows = torch.addcmul(past.unsqueeze(1), row.unsqueeze(1), back)
+    at = rows.unsqueeze(2) + back
     # what lies outside the buffer stands in for entry 0, with the value that this entry gets
     inside = at == at.clamp(0, size - 1)
-    entry_0 = entries[0] | (seq_len[0] == 0)
-    entries.scatter_(0, at * inside, torch.where(inside, mask.flatten(), entry_0))
+    entry_0 = entries[:1] | seq_len[:1].logical_not()
+    fresh = torch.where(inside, mask, entry_0)
+    entries.scatter_(0, at.mul_(inside).view(-1), fresh.view(-1))
 
 
 def _head(tree_mask: Tensor, shape: tuple[int, ...]) -> Tensor:

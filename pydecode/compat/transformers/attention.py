@@ -37,6 +37,7 @@ class Step(NamedTuple):
     positions: Tensor  # [B, N], rotary positions: a sliding window counts in these
     # layer -> its rows' own (k, v), for the caller to write once all layers are through
     fresh: dict[int, tuple[Tensor, Tensor]]
+    backend: str | None = None  # of tree_attention
 
 
 def register() -> None:
@@ -108,8 +109,9 @@ def attention(
         if masked or not _causal(module, is_causal):
             raise NotImplementedError("attention_mask, is_causal: the step's mask says it all")
         return _attend_step(pydecode_step, module.layer_idx, q, k, v, scores), None
-    B, N, S = max(q.shape[0], k.shape[0]), q.shape[1], k.shape[1]
-    if q.shape[0] != k.shape[0]:  # learned queries, the same for all
+    (B, _, N, _), (batch, _, S, _) = query.shape, key.shape
+    if batch != B:  # learned queries, the same for all
+        B = max(B, batch)
         q, k, v = (x.expand(B, -1, -1, -1) for x in (q, k, v))
     poison = None
     if attention_mask is None:
@@ -158,6 +160,7 @@ def _attend_step(
         block_table=cache.block_table,
         num_tokens=step.num_tokens,
         positions=None if window is None else step.positions,
+        backend=step.backend,
         **scores,
     )
     return out

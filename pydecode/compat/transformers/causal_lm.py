@@ -22,6 +22,7 @@ class CausalLM:
     are; ``cache.commit`` moves them.
 
     The model is used as it is, in place: its attention implementation is set to "pydecode".
+    ``backend``, which may be changed later, is that of ``tree_attention``; None: the fastest.
 
     >>> import torch, transformers
     >>> from pydecode.compat.transformers import CausalLM
@@ -35,12 +36,13 @@ class CausalLM:
     torch.Size([1, 3, 50])
     """
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", *, backend: str | None = None) -> None:
         _expect_supported(model)
         register()
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
         self.model = model.eval()
+        self.backend = backend
         self.config = model.config.get_text_config(decoder=True)
 
     @property
@@ -101,7 +103,7 @@ class CausalLM:
             logits [B, N or K, V].
         """
         slots = cache.slots(tokens.shape[1], num_tokens)  # raises before any work is done
-        step = Step(cache, mask, num_tokens, positions.expand(tokens.shape), {})
+        step = Step(cache, mask, num_tokens, positions.expand(tokens.shape), {}, self.backend)
         with torch.inference_mode():  # 5 % faster than no_grad at this size
             logits = self.model(
                 input_ids=tokens,

@@ -104,7 +104,7 @@ def read_mask(
     poison = None
     if mask.dtype != torch.bool:
         mask, poison = _from_additive(mask, getattr(module, "layer_idx", None))
-    visible = mask.select(1, 0)
+    visible = mask.squeeze(1)
     if visible.stride(-1) != 1 and S > 1:
         visible = visible.contiguous()
     return dict(mask=visible if shape[2] == N else visible.expand(-1, N, S)), poison

@@ -48,11 +48,10 @@ def _speculative_sampling(
     weight: float | None = assistant_ensemble_weight
     if isinstance(weight, bool):
         weight, is_done_candidate = None, weight
-    if candidate_input_ids.shape[0] != 1:
-        raise ValueError(
-            f"candidate_input_ids: expected a batch of 1, got {candidate_input_ids.shape[0]}"
-        )
-    G, start = candidate_length, candidate_input_ids.shape[1] - candidate_length
+    batch, length = candidate_input_ids.shape
+    if batch != 1:
+        raise ValueError(f"candidate_input_ids: expected a batch of 1, got {batch}")
+    G = candidate_length
     uniforms = torch.rand(1, G + 1, device=new_logits.device)
     if weight is not None:
         w = float(weight)
@@ -62,15 +61,18 @@ def _speculative_sampling(
         uniforms[:, :G].sub_(1 - w).div_(w).clamp_(min=0)
     verified = pydecode.rejection_sample(
         new_logits,
-        candidate_input_ids[:, start:],
+        candidate_input_ids[..., length - G :],
         candidate_logits,
         filter_draft=False,
         uniforms=uniforms,
     )
-    accepted = int(verified.path.max())  # one host read; -1 where NaN leaves it undecided
-    if accepted < 0:
+    row = verified.tokens.tolist()[0]  # one host read
+    emitted = row.index(-1) if row[-1] < 0 else G + 1
+    if emitted == 0:  # undecided
         raise ValueError("new_logits, candidate_logits: expected no NaN and something allowed")
-    n_matches = verified.num_accepted[0].long()
-    if is_done_candidate and accepted == G:
-        return verified.tokens[:, :G], n_matches - 1
-    return verified.tokens[:, : accepted + 1], n_matches
+    n_matches = emitted - 1
+    if emitted > G and is_done_candidate:
+        emitted, n_matches = G, G - 1
+    # the first of a contiguous row (a slice takes the host half as long again), and a filled 0-d
+    valid = verified.tokens.as_strided((1, emitted), (G + 1, 1))
+    return valid, valid.new_full((), n_matches)

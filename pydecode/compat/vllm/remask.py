@@ -1,5 +1,6 @@
 """The remasking of ``vllm-project/dllm-plugin`` (LLaDA2 on vLLM)."""
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 import pydecode
+
+from ...results import Unmasked
 
 
 def batched_remask(
@@ -106,8 +109,12 @@ def llada2_remask(
     ... )[0]
     tensor([[5, 4, 7]])
     """
-    config = remasking_config or {}
-    step = pydecode.unmask(
+    step = _step(logits, input_draft, remasking_config or {})
+    return step.tokens, step.num_left == 0, step.num_committed
+
+
+def _step(logits: Tensor, input_draft: Tensor, config: Mapping[str, Any]) -> Unmasked:
+    done: Unmasked = pydecode.unmask(
         input_draft,
         logits,
         mask_id=int(config.get("mask_token_id", 156895)),
@@ -116,7 +123,7 @@ def llada2_remask(
         strict=True,
         min_commit=_num_transfer(config, input_draft.shape[-1]),
     )
-    return step.tokens, step.num_left == 0, step.num_committed
+    return done
 
 
 class RemaskStepResult(NamedTuple):
@@ -148,9 +155,14 @@ class Llada2DefaultRemaskingPolicy:
         if logits is None:
             raise ValueError("logits: expected the block's [L, V], got None")
         rows = logits if isinstance(logits, Tensor) else torch.tensor(logits, dtype=torch.float32)
-        draft = torch.tensor([list(input_draft)], dtype=torch.int64, device=rows.device)
-        tokens = tuple(llada2_remask(rows[None], draft, remasking_config)[0][0].tolist())
-        mask = int((remasking_config or {}).get("mask_token_id", 156895))
+        # torch.tensor takes the host three times as long over a list; an empty one has no memory
+        ids = array("q", input_draft)
+        draft = torch.frombuffer(ids, dtype=torch.int64) if ids else torch.empty(0).long()
+        if not rows.is_cpu:
+            draft = draft.to(rows.device)
+        config = remasking_config or {}
+        tokens = tuple(_step(rows[None], draft[None], config).tokens.tolist()[0])
+        mask = int(config.get("mask_token_id", 156895))
         if mask in tokens:
             return RemaskStepResult((), tokens)
         return RemaskStepResult(tokens, (mask,) * len(tokens))
