@@ -50,7 +50,9 @@ def coin(STREAM: tl.constexpr, draws, seed, offset, position, b, column, index, 
     """
     if draws.uniforms is not None:
         at = draws.uniforms + b.to(tl.int64) * draws.stride_uniforms_b
-        u = tl.load(at + column * draws.stride_uniforms_i, mask=mask, other=0.0).to(tl.float32)
+        given = tl.load(at + column * draws.stride_uniforms_i, mask=mask, other=0.0)
+        u = given.to(tl.float32)
+        u = tl.where(given < 1, tl.minimum(u, 0.999999940395355225), u)  # fp64 may round up to 1
         u = tl.where(u >= 0, u, 1.0)
     else:
         key = as_scalar(number(seed, draws.seed_of, draws.stride_seed, b), tl.int64)

@@ -260,20 +260,52 @@ def describe(dtype: torch.dtype, options: dict[str, bool]) -> str:
     return " ".join([str(dtype).removeprefix("torch."), *options])
 
 
+PAIRS: tuple[tuple[torch.dtype, dict[str, bool], dict[str, bool], bool], ...] = (
+    # (dtype, the target's options, the draft's, arrivals counted): what one launch prepares
+    (torch.bfloat16, dict(), dict(), False),
+    (torch.bfloat16, dict(), dict(), True),
+    (torch.bfloat16, dict(filtered=True, allowed=True, index=True), dict(filtered=True), True),
+    (torch.float16, dict(filtered=True), dict(reduced=True, filtered=True), False),
+    (torch.float32, dict(probs=True), dict(probs=True, index=True), True),
+)
+
+
 def static_calls(arch: str) -> Iterator[StaticCall]:
+    table = table_of(arch)
+
+    def calls(first: dict[str, Any], second: dict[str, Any], **rows: Any) -> Iterator[StaticCall]:
+        given = dict(**first, **second, count=4, count_of=None, stride_count=0, rows=40)
+        counted = torch.empty(8, dtype=torch.int32, device="meta") if rows.pop("counted") else None
+        dtype = rows.pop("dtype")
+        chunks = dict(given, per=1, arrivals=counted)
+        yield StaticCall(chunk_laws, ("chunks", table), chunks, dtype, **rows)
+        if first["law"].floors is not None:
+            draft = second["draft"]
+            blocks = dict(
+                BLOCK_C=power_of_two(first["law"].C),
+                DRAFT_BLOCK_C=power_of_two(max(first["law"].C, draft.C if draft else 0)),
+            )
+            yield StaticCall(row_floors, ("floors", table), dict(given, **blocks), dtype, **rows)
+
+    nobody = dict(draft=None, draft_numbers=None, draft_more=0)
     for dtype, options in STATIC:
         law, numbers = example(dtype, **options)
-        note, odd = describe(dtype, options), options.get("odd", False)
-        common = dict(count=4, count_of=None, stride_count=0, more=1, rows=40)
-        rows: dict[str, Any] = dict(streamed=CHUNK * dtype.itemsize, aligned=not odd, note=note)
-        given: dict[str, Any] = dict(law=law, numbers=numbers, **common)
-        given |= dict(draft=None, draft_numbers=None, draft_more=0)
-        yield StaticCall(
-            chunk_laws, ("chunks", table_of(arch)), dict(given, per=1, arrivals=None), dtype, **rows
+        rows: dict[str, Any] = dict(
+            streamed=CHUNK * dtype.itemsize,
+            aligned=not options.get("odd", False),
+            note=describe(dtype, options),
         )
-        if law.floors is not None:
-            given |= dict(BLOCK_C=power_of_two(law.C), DRAFT_BLOCK_C=1)
-            yield StaticCall(row_floors, ("floors", table_of(arch)), given, dtype, **rows)
+        first = dict(law=law, numbers=numbers, more=1)
+        yield from calls(first, nobody, dtype=dtype, counted=False, **rows)
         if law.vocab is not None:
             given = dict(vocab=law.vocab, firsts=law.firsts, Vd=law.V, target_C=law.target_C)
-            yield StaticCall(index_vocab, ("vocab", table_of(arch)), given, torch.int64, note=note)
+            yield StaticCall(index_vocab, ("vocab", table), given, torch.int64, note=rows["note"])
+    for dtype, options, others, counted in PAIRS:
+        law, numbers = example(dtype, **options)
+        draft, draft_numbers = example(dtype, **others)
+        note = f"{describe(dtype, options)} draft {' '.join(others)}" + " counted" * counted
+        yield from calls(
+            dict(law=law, numbers=numbers, more=1),
+            dict(draft=draft, draft_numbers=draft_numbers, draft_more=0),
+            dtype=dtype, counted=counted, note=note, streamed=CHUNK * dtype.itemsize,
+        )  # fmt: skip

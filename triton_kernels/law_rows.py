@@ -172,8 +172,9 @@ def draft_chunk(law, row, start, top, scale, floor, least, only, CHUNK: tl.const
         else:
             for column in range(law.V):
                 x = tl.load(row + column).to(tl.float32)
-                hit = start + at == tl.load(law.vocab + column)
-                e += tl.where(hit, column_weights(law, x, top, scale, floor, least), 0.0)
+                w = column_weights(law, x, top, scale, floor, least)
+                w = tl.where(only >= 0, tl.where(only == column, 1.0, 0.0), w)
+                e += tl.where(start + at == tl.load(law.vocab + column), w, 0.0)
         return e
 
 

@@ -13,6 +13,7 @@ from . import configurations
 from .devices import on_device_of
 from .numerics import LOG2E
 from .static_call import StaticCall
+from .vocabulary import plain
 
 CONFIGURATIONS = configurations.load("merge_states")
 
@@ -35,7 +36,14 @@ def place(b, k, n, h, strides, m: tl.constexpr):
     return at + n * strides[4 * m + 2] + h * strides[4 * m + 3]
 
 
-@triton.jit(do_not_specialize=["parts", "rows", "N", "K", "lse_strides", "merged_strides"])
+@triton.jit
+def lse_place(b, k, n, h, strides, m: tl.constexpr):
+    """``place`` by strides that change with N, and so come as ``plain`` ones."""
+    at = b * (strides[4 * m] >> 2) + k * (strides[4 * m + 1] >> 2)
+    return at + n * (strides[4 * m + 2] >> 2) + h * (strides[4 * m + 3] >> 2)
+
+
+@triton.jit(do_not_specialize=["parts", "rows", "N", "K"])
 def merge(
     outs,
     lses,
@@ -75,7 +83,7 @@ def merge(
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for m in tl.static_range(PARTS):
-        at = place(b, k, n, h, lse_strides, m)
+        at = lse_place(b, k, n, h, lse_strides, m)
         l = tl.load(lses[m] + at, mask=real & (row * 0 + m < parts), other=float("-inf"))
         if parts > m:
             weight = log_weight(temperatures, scales, stride_temperature, stride_scale, m, natural)
@@ -86,7 +94,7 @@ def merge(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for m in tl.static_range(PARTS):
-        at = place(b, k, n, h, lse_strides, m)
+        at = lse_place(b, k, n, h, lse_strides, m)
         l = tl.load(lses[m] + at, mask=real & (row * 0 + m < parts), other=float("-inf"))
         seen = l != float("-inf")
         if parts > m:
@@ -104,9 +112,9 @@ def merge(
     result = acc.to(out.dtype.element_ty)
     log = (base + tl.log(total)) / natural
     if merged is not None:
-        at = b * merged_strides[0] + k * merged_strides[1] + n * merged_strides[2]
+        at = lse_place(b, k, n, h * 0, merged_strides, 0)
         kept = real & (tl.load(merged + at, mask=real, other=1) == 0)
-        at = place(b, k, n, h, lse_strides, 0)
+        at = lse_place(b, k, n, h, lse_strides, 0)
         log = tl.where(kept, tl.load(lses[0] + at, mask=kept, other=0.0), log)
         at = place(b, k, n, h, out_strides, 0)
         mask = kept[:, None] & (d < D)[None, :]
@@ -176,14 +184,14 @@ def arguments(
         lses=tuple(lses),
         out_strides=tuple(s for x in outs for s in four(x.stride()[:-1])),
         lse_strides=tuple(
-            s for x in lses for s in four((*x.stride()[:-2], x.stride(-1), x.stride(-2)))
+            plain(s) for x in lses for s in four((*x.stride()[:-2], x.stride(-1), x.stride(-2)))
         ),
         temperatures=temperatures,
         scales=scales,
         stride_temperature=0 if temperatures is None else temperatures.stride(0),
         stride_scale=0 if scales is None else scales.stride(0),
         merged=None if mask is None else mask.view(torch.uint8),
-        merged_strides=(0, 0, 0) if mask is None else four((*mask.stride(), 0))[:3],
+        merged_strides=tuple(map(plain, (0,) * 4 if mask is None else four((*mask.stride(), 0)))),
         out=out,
         lse=lse,
         parts=parts,

@@ -1,7 +1,7 @@
 """Verification of a draft tree by rejection sampling: launches of ``tree_walk`` and ``traversal``.
 
 From the root: one launch, with a reduced draft vocabulary a second. Leaf first: ``law_prepare`` for
-both laws (one launch each, two with filters), then two.
+both laws together (one launch, two with filters), then two.
 """
 
 from collections.abc import Iterator
@@ -109,8 +109,7 @@ def rejection_sample_tree(
     arch = architecture(draft_tokens)
     with on_device_of(draft_tokens):
         if q is not None and leaf_first:
-            prepare(p, p_numbers, B, count, 1)
-            prepare(q, q_numbers, B, count, 1)
+            prepare(p, p_numbers, B, count, 1, q, q_numbers, 1)
             rows = torch.empty((B, 2, T, int(NUMBERS)), dtype=torch.float32, device=device)
             given_rows = number_arguments(arguments, rows)
             row_numbers[(B * T, 2)](**given_rows, **CONFIGURATIONS[("numbers",)])

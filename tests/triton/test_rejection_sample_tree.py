@@ -210,7 +210,7 @@ def test_a_request_is_alone_in_any_batch(rule: str) -> None:
         ("recursive", dict(top_p=0.9, temperature=0.0), ["walk"]),
         ("k_seq", dict(draft_vocab=torch.arange(5)), ["index_vocab", "walk"]),
         ("target_only", {}, ["walk"]),
-        ("traversal", {}, ["chunk_laws", "chunk_laws", "row_numbers", "leaf_first"]),
+        ("traversal", {}, ["chunk_laws", "row_numbers", "leaf_first"]),
     ],
 )
 def test_launches(

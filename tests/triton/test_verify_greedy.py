@@ -102,7 +102,7 @@ def test_a_long_row() -> None:
 
 def test_more_nodes_than_a_program_holds() -> None:
     T = 1025
-    with pytest.raises(pydecode.BackendUnavailable, match="up to 1024 nodes.* got 1025"):
+    with pytest.raises(pydecode.BackendUnavailable, match=r"up to 1024 nodes.* got 1025"):
         pydecode.verify_greedy(
             torch.zeros(1, T, dtype=torch.int64),
             torch.zeros(1, T, dtype=torch.int64),
