@@ -166,6 +166,7 @@ def test_faults_of_16_bit_kernels(monkeypatch: pytest.MonkeyPatch, fault: Fault)
         *(("sample_and_score", name) for name in ("allowed", "filter_order", "positions")),
         *(("unmask", name) for name in ("allowed", "bias_ids")),
         *(("verify_greedy", name) for name in ("allowed", "num_drafts", "first_match")),
+        *(("earn_credit", name) for name in ("alive", "gamma", "decay")),
         ("ranked_attention", "num_tokens"),
         ("tree_attention", "positions"),
         ("block_attention", "cache_starts"),
