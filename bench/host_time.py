@@ -72,7 +72,7 @@ def measure(workload: Workload) -> HostTime | None:
     def call() -> object:
         return public(workload.op)(*args, **kwargs, backend="triton")
 
-    with without_kernels() as launches:
+    with torch.no_grad(), without_kernels() as launches:  # as engines call
         try:
             call()
         except pydecode.BackendUnavailable:

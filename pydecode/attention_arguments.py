@@ -153,14 +153,38 @@ def rows_over_cache(
     symbols = "[B, N," if total is None else "[total,"
     k, v = own_rows(q, k, v, Hkv, Dv, symbols)
     sizes = Sizes(B, N, Hq, Hkv, D, Dv, capacity, total)
+    remember(met, sizes)
+    return Rows(q, k_cache, v_cache, k, v, sizes)
+
+
+def branches_over_cache(
+    q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, block_table: Any
+) -> Rows:
+    """Checks q [B, K, L, Hq, D], its branches' own k and v, and the cache that they see."""
+    met = metadata(q, k_cache, v_cache, k, v, block_table)
+    if met is not None and (sizes := _passed.get(met)) is not None:
+        return Rows(q, k_cache, v_cache, k, v, sizes)
+    q = expect_query(q)
+    expect_dim("q", q, 5, "[B, K, L, Hq, D]")
+    B, K, L, Hq, D = q.shape
+    expect_num_rows(K * L)
+    k_cache, v_cache, Hkv, Dv, capacity = expect_cache(q, k_cache, v_cache, block_table, B, Hq, D)
+    expect_tensor("k", k)
+    expect_tensor("v", v)
+    k, v = own_rows(q, k, v, Hkv, Dv, "[B, K, L,")
+    sizes = Sizes(B, L, Hq, Hkv, D, Dv, capacity, None)
+    remember(met, sizes)
+    return Rows(q, k_cache, v_cache, k, v, sizes)
+
+
+_passed: dict[tuple[Any, ...], Sizes] = {}  # what the two above have found in order: q's dim tells
+
+
+def remember(met: tuple[Any, ...] | None, sizes: Sizes) -> None:
     if met is not None:
         if len(_passed) >= 4096:
             _passed.clear()
         _passed[met] = sizes
-    return Rows(q, k_cache, v_cache, k, v, sizes)
-
-
-_passed: dict[tuple[Any, ...], Sizes] = {}  # what rows_over_cache has found in order
 
 
 def metadata(*given: Any) -> tuple[Any, ...] | None:

@@ -46,5 +46,7 @@ def call(op: Any, run: Callable[..., Any], *args: Any, **out: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return op(*args, **out)
+    if not torch.is_grad_enabled():  # an engine's usual state: the context is a microsecond
+        return run(*args, **out)
     with torch.no_grad():
         return run(*args, **out)

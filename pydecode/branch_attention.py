@@ -9,7 +9,7 @@ from . import attention_data as data
 from . import binding
 from .backends import choose, triton_kernels, unavailable
 from .reference import branch_attention as reference
-from .validation import checking, expect_dim, expect_index, expect_tensor
+from .validation import checking, expect_dim, expect_index
 
 HAS = ("reference", "triton")
 
@@ -89,17 +89,9 @@ def branch_attention(
     >>> torch.allclose(out[:, 2], alone, atol=1e-5)
     True
     """
-    q = arguments.expect_query(q)
-    expect_dim("q", q, 5, "[B, K, L, Hq, D]")
-    B, K, L, Hq, D = q.shape
-    arguments.expect_num_rows(K * L)
-    k_cache, v_cache, Hkv, Dv, capacity = arguments.expect_cache(
-        q, k_cache, v_cache, block_table, B, Hq, D
-    )
-    expect_tensor("k", k)
-    expect_tensor("v", v)
-    k_rows, v_rows = arguments.own_rows(q, k, v, Hkv, Dv, "[B, K, L,")
-    sizes = arguments.Sizes(B, L, Hq, Hkv, D, Dv, capacity, None)
+    rows = arguments.branches_over_cache(q, k_cache, v_cache, k, v, block_table)
+    q, k_cache, v_cache, k_rows, v_rows, sizes = rows
+    B, K, L = q.shape[:3]
     if positions is not None:
         expect_dim("positions", positions, 3, "[B, 1|K, L]")
         per_branch = 1 if positions.shape[1] == 1 else K
@@ -111,15 +103,14 @@ def branch_attention(
         *(k_scale, v_scale),
     )
     if checking():
-        rows = arguments.Rows(q, k_cache, v_cache, k_rows, v_rows, sizes)
         data.check_context_data(rows, block_table, tail[:2], *place)
         data.check_lengths("num_branches", branches, B, q, K)
     args = (
         *(q, k_cache, v_cache, k_rows, v_rows, *arguments.causal_of(causal, B, q.device)),
         *(*place[0], *place[1], *place[2], *branches, block_table, *tail),
-        *(return_lse, choose("branch_attention", backend, HAS, q, D, Dv)),
+        *(return_lse, choose("branch_attention", backend, HAS, q, sizes.D, sizes.Dv)),
     )
-    return arguments.deliver(_op, _op_out, _run, args, Dv, out, return_lse)
+    return arguments.deliver(_op, _op_out, _run, args, sizes.Dv, out, return_lse)
 
 
 def _run(*args: Any) -> tuple[Tensor, Tensor]:
