@@ -8,7 +8,7 @@ from torch import Tensor
 from . import attention_arguments as arguments
 from . import attention_data as data
 from . import binding
-from .backends import choose, unavailable
+from .backends import choose, triton_kernels, unavailable
 from .reference import ranked_attention as reference
 from .validation import (
     checking,
@@ -18,6 +18,8 @@ from .validation import (
     expect_shape,
     expect_tensor,
 )
+
+HAS = ("reference", "triton")
 
 
 def ranked_attention(
@@ -142,7 +144,7 @@ def ranked_attention(
     args = (
         *(q, k, v, q_rank, k_rank, mask, bool(strict), *keys, block_table, *tail),
         *(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0, return_lse),
-        choose("ranked_attention", backend),
+        choose("ranked_attention", backend, HAS, q, q.shape[-1], Dv),
     )
     return arguments.deliver(_op, _op_out, _run, args, Dv, out, return_lse)
 
@@ -216,7 +218,9 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
     *args, backend = args  # type: ignore[assignment]
     if backend == "reference":
         return reference.ranked_attention(*args)
-    raise unavailable("ranked_attention", backend)
+    if backend == "triton":
+        return triton_kernels("ranked_attention").ranked_attention(*args)
+    raise unavailable("ranked_attention", backend, HAS)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

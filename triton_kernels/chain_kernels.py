@@ -19,7 +19,7 @@ from .law_rows import (
     least_of,
     place,
     read_law,
-    row_edits,
+    row_bits,
     temperature_of,
     token_log,
     token_weight,
@@ -84,8 +84,8 @@ def test_chain(
     known = (x >= 0) & (x < target.V) & real
     token = tl.where(known & usable, x, -1)
     least = least_of(numbers, b)
-    edits = row_edits(target, b, i)
-    p = token_weight(target, row, edits, token, top, scale, floor, least, only) / Z
+    bits = row_bits(target, b, i)
+    p = token_weight(target, row, bits, token, top, scale, floor, least, only) / Z
 
     testable = known & present & (i < limit)
     q = tl.full([chains.BLOCK], 1.0, tl.float32)
@@ -103,8 +103,8 @@ def test_chain(
         if draft.vocab is None:
             only_q = tl.where(t_q == 0, best_q, -1)
             token = tl.where(known & usable_q, x, -1)
-            edits_q = row_edits(draft, b, i)
-            e = token_weight(draft, row_q, edits_q, token, top_q, scale_q, floor_q, least_q, only_q)
+            bits_q = row_bits(draft, b, i)
+            e = token_weight(draft, row_q, bits_q, token, top_q, scale_q, floor_q, least_q, only_q)
         else:  # one at a time, for each searches the vocabulary
             e = tl.zeros([chains.BLOCK], tl.float32)
             for j in range(chains.G):
@@ -174,8 +174,8 @@ def remaining(
     floor, Z = floor_of(target, at, Z)
     only = tl.where(t == 0, best, -1)
     least = least_of(numbers, b)
-    edits = row_edits(target, b, i)
-    p = chunk_weights(target, row, edits, start, top, scale, floor, least, only, CHUNK)
+    bits = row_bits(target, b, i)
+    p = chunk_weights(target, row, bits, start, top, scale, floor, least, only, CHUNK)
     p = p / tl.where(t == 0, 1.0, Z)
     delta = tl.where(start + tl.arange(0, CHUNK) == x, 1.0, 0.0)
     q = delta
@@ -271,8 +271,8 @@ def decide(
             tl.store(left + c, tl.sum(rest, 0))
             tl.store(left + right + c, tl.sum(p_c, 0))
     arrived = part * 0
+    tl.debug_barrier()  # one thread stores the sums, others read them: also where it has all parts
     if parts > 1:
-        tl.debug_barrier()
         arrived = tl.atomic_add(arrivals + b, 1, sem="acq_rel")
         tl.debug_barrier()
     if arrived == parts - 1:
@@ -308,9 +308,9 @@ def decide(
             scale = scale_of(t)
             at, pointers, _present, inside = place_rows(target, b, i)
             top, Z, _best, good = read_laws(target, at, inside & kept, scale, BLOCK_C)
-            edits = row_edits(target, b, i)
+            bits = row_bits(target, b, i)
             known = tl.where(good, emitted, -1)
-            log = token_log(target, pointers, edits, known, top, scale, Z)
+            log = token_log(target, pointers, bits, known, top, scale, Z)
             tl.store(outputs.logprobs + row, tl.where(emitted >= 0, log, 0.0), mask=i <= G)
 
 

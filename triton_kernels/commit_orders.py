@@ -48,7 +48,7 @@ class Rule(NamedTuple):
     keep: Any
     keep_of: Any
     stride_keep: Any
-    min_commit: Any
+    min_commit: Any  # as ``plain`` has it, and so is the next
     max_commit: Any  # -1: no limit
     external: Any  # [B, L], or None
     stride_external_b: Any

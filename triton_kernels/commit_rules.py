@@ -140,7 +140,8 @@ def commit_window(
     tl.debug_barrier()
 
     # filled up to min_commit, or cut to max_commit
-    missing = rule.min_commit - count
+    missing = (rule.min_commit >> 2) - count
+    most = rule.max_commit >> 2
     if missing > 0:
         before = tl.zeros([], tl.int32)
         for start in range(low, high, BLOCK):
@@ -153,7 +154,7 @@ def commit_window(
             before += tl.sum(rest.to(tl.int32), 0)
             change(results, place, b, at, flags, rest & (rank < missing), high)
         tl.debug_barrier()
-    if (rule.max_commit >= 0) & (count > rule.max_commit):
+    if (most >= 0) & (count > most):
         before = tl.zeros([], tl.int32)
         for start in range(low, high, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -163,7 +164,7 @@ def commit_window(
                 results, rule, place, b, at, key, taken, before, low, high, TAKEN, RULE, BLOCK
             )
             before += tl.sum(taken.to(tl.int32), 0)
-            change(results, place, b, at, flags, taken & (rank >= rule.max_commit), high)
+            change(results, place, b, at, flags, taken & (rank >= most), high)
         tl.debug_barrier()
 
     write(place, results, b, low, high, PROPOSED, BLOCK_L)
@@ -222,6 +223,8 @@ def write(place, results, b, low, high, PROPOSED: tl.constexpr, BLOCK_L: tl.cons
 
 # ---- on the host ---------------------------------------------------------------------------------
 
+MOST = 1 << 28  # rows of a window; past it an int would be of another type, so another binary
+
 
 def rule_of(
     rule: str,
@@ -268,8 +271,8 @@ def rule_of(
         *pair("factor", float(factor), factor_tensor),
         *pair("low", float(low), low_tensor),
         *pair("keep", float(keep), keep_tensor),
-        min_commit,
-        max_commit,
+        plain(min(min_commit, MOST)),
+        plain(min(max_commit, MOST)),
         *two(external if rule == "external" else None),
         *two(coins if rule == "posterior" else None),
     )

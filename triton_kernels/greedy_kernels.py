@@ -9,14 +9,14 @@ from .law_rows import (
     chunk_weights,
     place,
     read_law,
-    row_edits,
+    row_bits,
     temperature_of,
     token_log,
     token_value,
 )
 from .law_vectors import place_rows, read_laws
 from .thresholds import lowest_kept
-from .vocabulary import INFINITY, as_scalar, number, scale_of
+from .vocabulary import INFINITY, Edits, as_scalar, number, scale_of
 
 EXACT, TOP_K, DISTANCE, TYPICAL = (tl.constexpr(n) for n in range(4))
 RULES = ("exact", "top_k", "distance", "typical")
@@ -29,7 +29,7 @@ class Drafted(NamedTuple):
     stride_b: Any
     stride_t: Any
     parents: Any  # [B|1, T], or None: a chain
-    stride_parents_b: Any
+    stride_parents_b: Any  # 0 where requests share them, as ``plain`` has it
     stride_parents_t: Any
     count_of: Any
     stride_count: Any
@@ -47,7 +47,7 @@ def row_limits(
     b, i = tl.program_id(0) // target.R, tl.program_id(0) % target.R
     at, row, _present, inside = place(target, b, i)
     if inside & (i <= number(count, drafted.count_of, drafted.stride_count, b)):
-        edits = row_edits(target, b, i)
+        bits = row_bits(target, b, i)
         scale = scale_of(temperature_of(numbers, b))
         top, Z, _best, good = read_law(target, at, scale, BLOCK_C)
         limit = tl.full([], 0.0, tl.float32)
@@ -59,11 +59,21 @@ def row_limits(
                 limit = none
                 if k < target.V:
                     bound = k.to(tl.float32)
-                    limit = lowest_kept(row, edits, target.V, top, scale, none, bound, none, False)
+                    limit = lowest_kept(
+                        row,
+                        Edits(target.allowed, bits),
+                        target.V,
+                        top,
+                        scale,
+                        none,
+                        bound,
+                        none,
+                        False,
+                    )
             else:
                 for c in range(target.C):
                     e = chunk_weights(
-                        target, row, edits, c * CHUNK, top, scale, -INFINITY, 0.0, -1, CHUNK
+                        target, row, bits, c * CHUNK, top, scale, -INFINITY, 0.0, -1, CHUNK
                     )
                     p = e / Z
                     limit -= tl.sum(p * tl.log(p + 1e-5), 0)
@@ -108,7 +118,7 @@ def walk(
         real = (node > 0) & (node < T)
         token = tl.load(words + (node - 1).to(tl.int64) * drafted.stride_t, mask=real, other=-1)
     else:
-        above = drafted.parents + b.to(tl.int64) * drafted.stride_parents_b
+        above = drafted.parents + b.to(tl.int64) * (drafted.stride_parents_b >> 2)
         at = above + node.to(tl.int64) * drafted.stride_parents_t
         parent = tl.load(at, mask=node < T, other=-1).to(tl.int64)
         real = (node > 0) & (node < T) & (parent >= 0) & (parent < node)
@@ -131,15 +141,15 @@ def walk(
         top, Z, best, good = read_laws(target, at, exists & inside, scale, BLOCK_C)
         best = best.to(tl.int64)
         passes = exists & (tl.abs(token - best) <= distance)
-        edits = row_edits(target, b, parent)
+        bits = row_bits(target, b, parent)
         known = tl.where(exists & good, token, -1)
         if RULE == TOP_K:
-            x = token_value(target, row, edits, known)
+            x = token_value(target, row, bits, known)
             floor = tl.load(limits + at, mask=exists & good, other=0.0)
             passes = exists & (x >= floor) & (x > -INFINITY)
         if RULE == TYPICAL:
             good = good & (node * 0 + t >= 0)
-            score = token_log(target, row, edits, known, top, scale, Z)
+            score = token_log(target, row, bits, known, top, scale, Z)
             entropy = tl.load(limits + at, mask=exists & good, other=0.0)
             p = tl.exp(score)
             typical = exists & (p > tl.minimum(alpha * tl.exp(-entropy), threshold))

@@ -27,12 +27,12 @@ from .law_rows import (
     place,
     raw_chunk,
     read_law,
-    row_edits,
+    row_bits,
     temperature_of,
 )
 from .static_call import StaticCall
 from .thresholds import filters
-from .vocabulary import leave, number, power_of_two, scale_of, top_of, weights
+from .vocabulary import Edits, leave, number, power_of_two, scale_of, top_of, weights
 
 CONFIGURATIONS = configurations.load("law_prepare")
 
@@ -44,11 +44,11 @@ def row_chunks(law, numbers, at, count, count_of, stride_count, more, per, CHUNK
     limit = tl.maximum(number(count, count_of, stride_count, b), 0) + more
     at, row, _present, inside = place(law, b, i)
     if inside & (i < limit):
-        edits = row_edits(law, b, i)
+        bits = row_bits(law, b, i)
         scale = scale_of(temperature_of(numbers, b))
         first = tl.program_id(1) * per
         for c in range(first, tl.minimum(first + per, law.C)):
-            x = raw_chunk(law, row, edits, c * CHUNK, CHUNK)
+            x = raw_chunk(law, row, bits, c * CHUNK, CHUNK)
             if law.PROBS:
                 x = tl.where(x >= 0, x, float("nan"))
                 top, best = top_of(x, c * CHUNK, CHUNK)
@@ -62,7 +62,8 @@ def row_chunks(law, numbers, at, count, count_of, stride_count, more, per, CHUNK
 @triton.jit(do_not_specialize=["rows", "per", "count"])
 def chunk_laws(
     law, numbers, more, draft, draft_numbers, draft_more,
-    count, count_of, stride_count, rows, per, arrivals, CHUNK: tl.constexpr,
+    count, count_of, stride_count, rows, per, arrivals, HAS_DRAFT: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """``row_chunks`` of the first law's ``rows`` rows, and then of the draft's, if there is one.
 
@@ -72,7 +73,7 @@ def chunk_laws(
     if arrivals is not None:  # noqa: SIM102
         if (tl.program_id(1) == 0) & (at < rows) & (at % law.R == 0):
             tl.store(arrivals + at // law.R, 0)
-    if draft is None:
+    if not HAS_DRAFT:  # up to Triton 3.6 a tuple with a None may not be compared with None
         row_chunks(law, numbers, at, count, count_of, stride_count, more, per, CHUNK)
     else:
         if at < rows:
@@ -95,7 +96,7 @@ def row_floor(
     at, row, _present, inside = place(law, b, i)
     temperature = temperature_of(numbers, b)
     if inside & (i < limit):
-        edits = row_edits(law, b, i)
+        bits = row_bits(law, b, i)
         scale = scale_of(temperature)
         top, Z, _best, good = read_law(law, at, scale, BLOCK_C)
         floor = tl.full([], float("-inf"), tl.float32)
@@ -106,12 +107,14 @@ def row_floor(
                 top_k = number(numbers.top_k, numbers.top_k_of, numbers.stride_top_k, b)
             if numbers.top_p is not None:
                 top_p = number(numbers.top_p, numbers.top_p_of, numbers.stride_top_p, b)
-            floor = filters(row, edits, law.V, top, scale, Z, top_k, top_p, False)
+            floor = filters(
+                row, Edits(law.allowed, bits), law.V, top, scale, Z, top_k, top_p, False
+            )
             least = least_of(numbers, b)
             mass = tl.full([], 0.0, tl.float32)
             for c in range(law.C):
                 mass += tl.sum(
-                    chunk_weights(law, row, edits, c * CHUNK, top, scale, floor, least, -1, CHUNK),
+                    chunk_weights(law, row, bits, c * CHUNK, top, scale, floor, least, -1, CHUNK),
                     0,
                 )
         tl.store(law.floors + 2 * at, floor)
@@ -121,11 +124,12 @@ def row_floor(
 @triton.jit(do_not_specialize=["rows", "count"])
 def row_floors(
     law, numbers, more, draft, draft_numbers, draft_more, count, count_of, stride_count, rows,
-    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, DRAFT_BLOCK_C: tl.constexpr,
+    HAS_DRAFT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+    DRAFT_BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``row_floor`` of the rows of one law or two, a row a program."""
     at = tl.program_id(0)
-    if draft is None:
+    if not HAS_DRAFT:  # up to Triton 3.6 a tuple with a None may not be compared with None
         row_floor(law, numbers, at, count, count_of, stride_count, more, CHUNK, BLOCK_C)
     else:
         if at < rows:
@@ -186,7 +190,7 @@ def prepare(
     second = dict(draft=draft, draft_numbers=draft_numbers, draft_more=draft_more)
     chunk_laws[(all_rows, -(-chunks // per))](
         **first, **second, **counts, rows=rows, per=per, arrivals=arrivals,
-        **CONFIGURATIONS[("chunks", arch)],
+        HAS_DRAFT=draft is not None, **CONFIGURATIONS[("chunks", arch)],
     )  # fmt: skip
     if draft is not None:
         prepare_vocab(draft)
@@ -197,7 +201,11 @@ def prepare(
         elif draft.floors is None:
             second, all_rows = dict.fromkeys(second), rows
     if first["law"].floors is not None:  # type: ignore[union-attr]
-        blocks = dict(BLOCK_C=power_of_two(first["law"].C), DRAFT_BLOCK_C=power_of_two(chunks))
+        blocks = dict(
+            BLOCK_C=power_of_two(first["law"].C),
+            DRAFT_BLOCK_C=power_of_two(chunks),
+            HAS_DRAFT=second["draft"] is not None,
+        )
         row_floors[(all_rows,)](
             **first, **second, **counts, rows=rows, **blocks, **CONFIGURATIONS[("floors", arch)]
         )
@@ -275,6 +283,7 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
 
     def calls(first: dict[str, Any], second: dict[str, Any], **rows: Any) -> Iterator[StaticCall]:
         given = dict(**first, **second, count=4, count_of=None, stride_count=0, rows=40)
+        given["HAS_DRAFT"] = second["draft"] is not None
         counted = torch.empty(8, dtype=torch.int32, device="meta") if rows.pop("counted") else None
         dtype = rows.pop("dtype")
         chunks = dict(given, per=1, arrivals=counted)

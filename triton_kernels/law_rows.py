@@ -6,7 +6,7 @@ filters. After that a kernel evaluates the law wherever it likes, from the logit
     at, row, present, inside = place(law, b, i)   # flat index of the row's numbers, pointer
     top, Z, best, good = read_law(law, at, scale, BLOCK_C)
     floor, Z = floor_of(law, at, Z)
-    e = chunk_weights(law, row, edits, ...)       # p = e / Z
+    e = chunk_weights(law, row, bits, ...)       # p = e / Z
 """
 
 from typing import Any, NamedTuple
@@ -100,13 +100,9 @@ def place(law, b, i):
 
 
 @triton.jit
-def row_edits(law, b, i):
-    """A grammar's bits for row i of request b."""
-    bits = None
-    if law.allowed is not None:
-        bits = law.allowed + b.to(tl.int64) * law.stride_allowed_b
-        bits += i.to(tl.int64) * law.stride_allowed_r
-    return Edits(None, None, 0, (), None, 0, bits)
+def row_bits(law, b, i):
+    """Where a grammar's bits for row i of request b begin in ``law.allowed``."""
+    return b.to(tl.int64) * law.stride_allowed_b + i.to(tl.int64) * law.stride_allowed_r
 
 
 @triton.jit
@@ -126,20 +122,20 @@ def least_of(numbers, b):
 
 
 @triton.jit
-def raw_chunk(law, row, edits, start, CHUNK: tl.constexpr):
+def raw_chunk(law, row, bits, start, CHUNK: tl.constexpr):
     """Logits (-inf where not allowed), or probabilities (0 there), of one chunk."""
     if law.PROBS:
         fill = 0.0
     else:
         fill = float("-inf")
     x = load_chunk(row, start, law.V, fill, CHUNK)
-    return edited(x, edits, start, law.V, fill, CHUNK)
+    return edited(x, Edits(law.allowed, bits), start, law.V, fill, CHUNK)
 
 
 @triton.jit
-def chunk_weights(law, row, edits, start, top, scale, floor, least, only, CHUNK: tl.constexpr):
+def chunk_weights(law, row, bits, start, top, scale, floor, least, only, CHUNK: tl.constexpr):
     """e(v) of a chunk under temperature and filters; ``only`` >= 0: all mass on that token."""
-    x = raw_chunk(law, row, edits, start, CHUNK)
+    x = raw_chunk(law, row, bits, start, CHUNK)
     at = start + tl.arange(0, CHUNK)
     e = column_weights(law, x, top, scale, floor, least)
     one = tl.where(at == only, 1.0, 0.0)
@@ -154,8 +150,7 @@ def draft_chunk(law, row, start, top, scale, floor, least, only, CHUNK: tl.const
     by counting. Any other is searched column by column: right, and slow.
     """
     if law.vocab is None:
-        edits = Edits(None, None, 0, (), None, 0, None)
-        return chunk_weights(law, row, edits, start, top, scale, floor, least, only, CHUNK)
+        return chunk_weights(law, row, 0, start, top, scale, floor, least, only, CHUNK)
     else:
         at = tl.arange(0, CHUNK)
         e = tl.zeros([CHUNK], tl.float32)
@@ -182,8 +177,7 @@ def draft_chunk(law, row, start, top, scale, floor, least, only, CHUNK: tl.const
 def draft_token(law, row, token, top, scale, floor, least, only, CHUNK: tl.constexpr):
     """e(token) of a draft's law, of a token of the target's vocabulary."""
     if law.vocab is None:
-        edits = Edits(None, None, 0, (), None, 0, None)
-        return token_weight(law, row, edits, token, top, scale, floor, least, only)
+        return token_weight(law, row, 0, token, top, scale, floor, least, only)
     else:
         e = tl.zeros([], tl.float32)
         first = law.firsts + token // CHUNK
@@ -213,14 +207,14 @@ def column_weights(law, x, top, scale, floor, least):
 
 
 @triton.jit
-def token_weight(law, row, edits, token, top, scale, floor, least, only):
+def token_weight(law, row, bits, token, top, scale, floor, least, only):
     """e(token) of one row, 0 outside the vocabulary."""
     inside = (token >= 0) & (token < law.V)
     x = tl.load(row + token, mask=inside, other=0.0).to(tl.float32)
     if law.PROBS:
-        x = allowed_token(x, edits, token, inside, 0.0)
+        x = allowed_token(law, x, bits, token, inside, 0.0)
     else:
-        x = allowed_token(x, edits, token, inside, float("-inf"))
+        x = allowed_token(law, x, bits, token, inside, float("-inf"))
     e = column_weights(law, x, top, scale, floor, least)
     e = tl.where(only >= 0, tl.where(token == only, 1.0, 0.0), e)
     return tl.where(inside, e, 0.0)
@@ -253,33 +247,33 @@ def floor_of(law, at, Z):
 
 
 @triton.jit
-def token_value(law, row, edits, token):
+def token_value(law, row, bits, token):
     """The logit of a token; -inf outside the vocabulary. Rows may be a vector."""
     inside = (token >= 0) & (token < law.V)
     x = tl.load(row + token, mask=inside, other=0.0).to(tl.float32)
-    x = allowed_token(x, edits, token, inside, float("-inf"))
+    x = allowed_token(law, x, bits, token, inside, float("-inf"))
     return tl.where(inside, x, float("-inf"))
 
 
 @triton.jit
-def token_log(law, row, edits, token, top, scale, Z):
+def token_log(law, row, bits, token, top, scale, Z):
     """log p(token) of the law before filters; -inf outside the vocabulary. Rows may be a vector."""
     inside = (token >= 0) & (token < law.V)
     x = tl.load(row + token, mask=inside, other=0.0).to(tl.float32)
     if law.PROBS:
-        x = allowed_token(x, edits, token, inside, 0.0)
+        x = allowed_token(law, x, bits, token, inside, 0.0)
         log = tl.log2(x / Z) * LN2
     else:
-        x = allowed_token(x, edits, token, inside, float("-inf"))
+        x = allowed_token(law, x, bits, token, inside, float("-inf"))
         log = (tl.where(x == top, 0.0, (x - top) * scale) - tl.log2(Z)) * LN2
     return tl.where(inside, log, float("-inf"))
 
 
 @triton.jit
-def allowed_token(x, edits, token, inside, fill):
+def allowed_token(law, x, bits, token, inside, fill):
     """x if a grammar's bits allow its token, else ``fill``."""
-    if edits.allowed is not None:
-        word = tl.load(edits.allowed + token // 32, mask=inside, other=0)
+    if law.allowed is not None:
+        word = tl.load(law.allowed + bits + token // 32, mask=inside, other=0)
         x = tl.where((word >> (token % 32).to(tl.int32)) & 1 == 1, x, fill)
     return x
 

@@ -20,7 +20,7 @@ from .traversal import NUMBERS, row_numbers
 from .traversal import leaf_first as leaf_first_kernel
 from .tree_residuals import FIELDS, Tree
 from .tree_walk import Outputs, walk
-from .vocabulary import power_of_two
+from .vocabulary import plain, power_of_two
 
 CONFIGURATIONS = configurations.load("rejection_sample_tree")
 
@@ -132,7 +132,7 @@ def shared_arguments(
     B, T = tokens.shape
     records = torch.empty((B, T, int(FIELDS)), dtype=torch.float32, device=tokens.device)
     number, *of = pair(*count)
-    shared = 0 if parents.shape[0] == 1 else parents.stride(0)
+    shared = plain(0 if parents.shape[0] == 1 else parents.stride(0))
     strides = *tokens.stride(), shared, parents.stride(1)
     return dict(
         p=p,

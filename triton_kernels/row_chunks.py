@@ -17,6 +17,7 @@ from .vocabulary import (
     LARGEST,
     NO_TOKEN,
     SMALLEST,
+    Edits,
     admitted,
     leave,
     scale_of,
@@ -74,7 +75,12 @@ def row_chunks(
             tl.store(finished + b, 0)
     if read:
         row = row_at(rows, place, b, line)
-        edits = edits_at(changes, place, b, i, line)
+        begin = edits_at(changes, place, b, i, line)
+        edits = Edits(
+            changes.allowed, begin[0], changes.bias_ids, begin[1], changes.bias, begin[2],
+            changes.num_bias >> 2, changes.exclude, changes.exclude_ids, begin[3],
+            changes.num_excluded, changes.log,
+        )  # fmt: skip
         temperature = temperature_of(numbers, b)
         scale = scale_of(temperature)
         line_stats = stats + r.to(tl.int64) * FIELDS * rows.C

@@ -22,6 +22,7 @@ from .thresholds import filters
 from .vocabulary import (
     INFINITY,
     NO_TOKEN,
+    Edits,
     admitted,
     chunk_numbers,
     crossing,
@@ -66,7 +67,8 @@ def decide(
     keys,
     stats,
     row,
-    edits,
+    changes,
+    begin,
     r,
     b,
     i,
@@ -82,6 +84,11 @@ def decide(
 ):
     """(token, confidence, lse, whether the row has a law) of a row that was read."""
     C, V = rows.C, rows.V
+    edits = Edits(
+        changes.allowed, begin[0], changes.bias_ids, begin[1], changes.bias, begin[2],
+        changes.num_bias >> 2, changes.exclude, changes.exclude_ids, begin[3],
+        changes.num_excluded, changes.log,
+    )  # fmt: skip
     line = stats + r.to(tl.int64) * FIELDS * C
     temperature = temperature_of(numbers, b)
     scale = scale_of(temperature)

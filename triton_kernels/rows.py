@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .vocabulary import Edits, as_scalar, number, plain
+from .vocabulary import as_scalar, number, plain
 
 
 class Rows(NamedTuple):
@@ -143,33 +143,14 @@ def row_at(rows, place, b, line):
 
 @triton.jit
 def edits_at(changes, place, b, i, line):
-    """A bias belongs to the row of logits (with an index, to the result), ``allowed`` to i."""
-    bias_ids, bias, excluded, allowed = None, None, None, None
+    """Where the entries of ``changes`` begin: allowed, bias_ids, bias, exclude_ids. A bias belongs
+    to the row of logits (with an index, to the result), ``allowed`` to i."""
+    allowed = b * (changes.stride_allowed_b >> 2) + i * (changes.stride_allowed_l >> 2)
     if place.index is not None:
         line = i
-    if changes.bias_ids is not None:
-        bias_ids = (
-            changes.bias_ids + b * (changes.stride_ids_b >> 2) + line * (changes.stride_ids_r >> 2)
-        )
-        bias = changes.bias + b * (changes.stride_bias_b >> 2) + line * (changes.stride_bias_r >> 2)
-    if changes.exclude_ids is not None:
-        excluded = changes.exclude_ids + b * changes.stride_exclude_b
-    if changes.allowed is not None:
-        allowed = (
-            changes.allowed
-            + b * (changes.stride_allowed_b >> 2)
-            + i * (changes.stride_allowed_l >> 2)
-        )
-    return Edits(
-        bias_ids,
-        bias,
-        (changes.num_bias >> 2),
-        changes.exclude,
-        excluded,
-        changes.num_excluded,
-        allowed,
-        changes.log,
-    )
+    ids = b * (changes.stride_ids_b >> 2) + line * (changes.stride_ids_r >> 2)
+    bias = b * (changes.stride_bias_b >> 2) + line * (changes.stride_bias_r >> 2)
+    return allowed, ids, bias, b * changes.stride_exclude_b
 
 
 @triton.jit
@@ -181,8 +162,8 @@ def entry(row, edits, token):
     if edits.bias_ids is not None:
         total = tl.zeros([], tl.float32)
         for n in range(edits.num_bias):
-            more = tl.load(edits.bias + n).to(tl.float32)
-            total += tl.where(tl.load(edits.bias_ids + n) == token, more, 0.0)
+            more = tl.load(edits.bias + edits.bias_at + n).to(tl.float32)
+            total += tl.where(tl.load(edits.bias_ids + edits.ids_at + n) == token, more, 0.0)
         x += total
     return x
 

@@ -53,6 +53,7 @@ def row_choices(
             keys,
             stats,
             row,
+            changes,
             edits_at(changes, place, b, i, line),
             r,
             b,

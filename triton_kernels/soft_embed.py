@@ -23,6 +23,7 @@ from .static_call import StaticCall
 from .thresholds import filters
 from .vocabulary import (
     INFINITY,
+    Edits,
     as_scalar,
     chunk_numbers,
     load_chunk,
@@ -42,7 +43,12 @@ def support_floors(
     """floors [rows, 2]: the lowest logit of a row's top-p support, and the mass of that."""
     r = tl.program_id(0)
     b, i, _inside, line, _read = locate(rows, place, r)
-    row, edits = row_at(rows, place, b, line), edits_at(changes, place, b, i, line)
+    row, begin = row_at(rows, place, b, line), edits_at(changes, place, b, i, line)
+    edits = Edits(
+        changes.allowed, begin[0], changes.bias_ids, begin[1], changes.bias, begin[2],
+        changes.num_bias >> 2, changes.exclude, changes.exclude_ids, begin[3],
+        changes.num_excluded, changes.log,
+    )  # fmt: skip
     own = stats + r.to(tl.int64) * FIELDS * rows.C
     top, Z, _best = row_of(own, LOG2E, rows.C, BLOCK_C)
     floor, mass = tl.full([], float("-inf"), tl.float32), Z
@@ -103,7 +109,8 @@ def mix(
     a = as_scalar(number(ratio, ratio_of, stride_ratio, b), tl.float32) * sure
     a = tl.where(good, a, 0.0)
     mask = e < E
-    kept = tl.load(embedding + mask_id * stride_v + e, mask=mask, other=0.0).to(tl.float32)
+    mask_row = embedding + as_scalar(mask_id, tl.int64) * stride_v
+    kept = tl.load(mask_row + e, mask=mask, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_E], tl.float32)
     if a != 0:
         floor, mass = tl.full([], float("-inf"), tl.float32), Z

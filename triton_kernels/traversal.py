@@ -14,7 +14,7 @@ from .law_rows import (
     least_of,
     place,
     read_law,
-    row_edits,
+    row_bits,
     temperature_of,
 )
 from .tree_residuals import (
@@ -91,7 +91,7 @@ def row_at(law, numbers, rows, b, i):
         if law.vocab is not None:
             only = id_of(law, only, only < NO_TOKEN)
     return Row(
-        x, row_edits(law, b, i), tl.load(at), scale_of(temperature), tl.load(at + 2),
+        x, row_bits(law, b, i), tl.load(at), scale_of(temperature), tl.load(at + 2),
         least_of(numbers, b), only, tl.load(at + 3), tl.load(at + 1),
     )  # fmt: skip
 
@@ -102,7 +102,7 @@ def rejected_of(parent, valid, left, n):
     return tl.sum(tl.where((parent == n) & (valid > left), 1, 0), 0)
 
 
-@triton.jit(do_not_specialize=["T", "W", "max_depth", "count", "offset", "positions"])
+@triton.jit(do_not_specialize=["T", "W", "max_depth", "count", "seed", "offset", "positions"])
 def leaf_first(
     p,
     q,

@@ -23,7 +23,7 @@ from .law_rows import (
     least_of,
     place,
     raw_chunk,
-    row_edits,
+    row_bits,
     temperature_of,
     token_log,
     token_weight,
@@ -32,6 +32,7 @@ from .thresholds import filters
 from .vocabulary import (
     INFINITY,
     NO_TOKEN,
+    Edits,
     as_scalar,
     crossing,
     drawn,
@@ -54,7 +55,7 @@ class Tree(NamedTuple):
     records: Any  # fp32 [B, T, FIELDS]
     stride_token_b: Any
     stride_token: Any
-    stride_parent_b: Any
+    stride_parent_b: Any  # 0 where requests share them, as ``plain`` has it
     stride_parent: Any
     count_of: Any  # nodes after the root, or None: the kernel's ``count``
     stride_count: Any
@@ -73,7 +74,7 @@ class Row(NamedTuple):
     """One row of a law; ``weight_chunk`` and ``weight_at`` give e(v), p = e / mass."""
 
     x: Any  # pointer
-    edits: Any
+    bits: Any  # where its grammar's bits begin
     top: Any
     scale: Any
     floor: Any
@@ -99,7 +100,7 @@ def read_nodes(tree, b, T, V, limit, BLOCK_T: tl.constexpr):
     i = tl.arange(0, BLOCK_T)
     at = i.to(tl.int64)
     tokens = tree.tokens + b * tree.stride_token_b + at * tree.stride_token
-    parents = tree.parents + b * tree.stride_parent_b + at * tree.stride_parent
+    parents = tree.parents + b * (tree.stride_parent_b >> 2) + at * tree.stride_parent
     x = tl.load(tokens, mask=i < T, other=-1).to(tl.int64)
     parent = tl.load(parents, mask=i < T, other=-1).to(tl.int64)
     there = (i > 0) & (i <= limit) & (x >= 0) & (x < V) & (parent >= 0) & (parent < i)
@@ -145,7 +146,7 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     program. A row that is not there is not read.
     """
     _at, row, present, inside = place(law, b, i)
-    edits = row_edits(law, b, i)
+    bits = row_bits(law, b, i)
     temperature = temperature_of(numbers, b)
     scale = scale_of(temperature)
     o_c = tl.arange(0, BLOCK_C)
@@ -154,7 +155,7 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     sums = tl.zeros([BLOCK_C], tl.float32)
     bests = tl.zeros([BLOCK_C], tl.int32) + NO_TOKEN
     for c in range(0, tl.where(inside, law.C, 0)):
-        x = raw_chunk(law, row, edits, c * CHUNK, CHUNK)
+        x = raw_chunk(law, row, bits, c * CHUNK, CHUNK)
         if law.PROBS:
             x = tl.where(x >= 0, x, float("nan"))
         top, best = top_of(x, c * CHUNK, CHUNK)
@@ -180,10 +181,10 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     some = (numbers.top_k is not None) | (numbers.top_p is not None) | (numbers.min_p is not None)
     if some & (not law.PROBS):  # noqa: SIM102 (known at compile time)
         if good & (temperature > 0):
-            floor = floor_in(law, numbers, b, row, edits, top, scale, Z)
+            floor = floor_in(law, numbers, b, row, bits, top, scale, Z)
             for c in range(law.C):
                 start = c * CHUNK
-                e = chunk_weights(law, row, edits, start, top, scale, floor, least, -1, CHUNK)
+                e = chunk_weights(law, row, bits, start, top, scale, floor, least, -1, CHUNK)
                 masses = tl.where(o_c == c, tl.sum(e, 0), masses)
             mass = tl.sum(masses, 0)
     only = tl.full([], -1, tl.int32)
@@ -192,18 +193,18 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     elif temperature == 0:
         only = id_of(law, best, good)
     mass = tl.where(temperature == 0, 1.0, mass)
-    return Row(row, edits, top, scale, floor, least, only, mass, Z), masses, best, present, good
+    return Row(row, bits, top, scale, floor, least, only, mass, Z), masses, best, present, good
 
 
 @triton.jit
-def floor_in(law, numbers, b, row, edits, top, scale, Z):
+def floor_in(law, numbers, b, row, bits, top, scale, Z):
     """The lowest logit that top-k and top-p leave."""
     top_k, top_p = None, None
     if numbers.top_k is not None:
         top_k = number(numbers.top_k, numbers.top_k_of, numbers.stride_top_k, b)
     if numbers.top_p is not None:
         top_p = number(numbers.top_p, numbers.top_p_of, numbers.stride_top_p, b)
-    return filters(row, edits, law.V, top, scale, Z, top_k, top_p, False)
+    return filters(row, Edits(law.allowed, bits), law.V, top, scale, Z, top_k, top_p, False)
 
 
 @triton.jit
@@ -217,14 +218,14 @@ def id_of(law, column, good):
 def target_chunk(p, row, start, CHUNK: tl.constexpr):
     """e(v) of a chunk of the target's law."""
     return chunk_weights(
-        p, row.x, row.edits, start, row.top, row.scale, row.floor, row.least, -1, CHUNK
+        p, row.x, row.bits, start, row.top, row.scale, row.floor, row.least, -1, CHUNK
     )
 
 
 @triton.jit
 def target_at(p, row, token):
     return token_weight(
-        p, row.x, row.edits, token, row.top, row.scale, row.floor, row.least, -1
+        p, row.x, row.bits, token, row.top, row.scale, row.floor, row.least, -1
     )  # fmt: skip
 
 
@@ -245,7 +246,7 @@ def proposal_at(q, row, token, CHUNK: tl.constexpr):
 @triton.jit
 def log_of(p, row, token):
     """log p(token) without filters."""
-    return token_log(p, row.x, row.edits, token, row.top, row.scale, row.Z)
+    return token_log(p, row.x, row.bits, token, row.top, row.scale, row.Z)
 
 
 # ---- residuals ----------------------------------------------------------------------------------

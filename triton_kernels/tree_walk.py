@@ -47,7 +47,7 @@ class Outputs(NamedTuple):
     logprobs: Any  # fp32 [B, W], or None
 
 
-@triton.jit(do_not_specialize=["T", "W", "max_depth", "count", "offset", "positions"])
+@triton.jit(do_not_specialize=["T", "W", "max_depth", "count", "seed", "offset", "positions"])
 def walk(
     p,
     q,
@@ -86,7 +86,7 @@ def walk(
         P, masses, best, present, good = read_row(p, p_numbers, b, cur, CHUNK, BLOCK_C)
         kids = tl.where(parent == cur, 1, 0)
         kids = tl.where(good & (depth < max_depth), kids, 0)
-        if q is not None:  # noqa: SIM102 ("and" would look into None)
+        if RULE != "delta" and RULE != "target_only":  # noqa: SIM102 ("and" would look into None)
             if q.index is not None:
                 at = b * q.stride_index_b + cur.to(tl.int64) * q.stride_index_r
                 kids = tl.where(greedy | (tl.load(q.index + at) != -1), kids, 0)

@@ -60,6 +60,7 @@ def unmask_rows(
                 keys,
                 stats,
                 row,
+                changes,
                 edits_at(changes, place, b, i, line),
                 r,
                 b,

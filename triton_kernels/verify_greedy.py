@@ -96,9 +96,9 @@ def drafted_of(
     T: int,
     first_match: bool,
 ) -> Drafted:
-    strides = (0, 0)
+    strides = (plain(0), 0)
     if parents is not None:
-        strides = (0 if parents.shape[0] == 1 else parents.stride(0), parents.stride(1))
+        strides = (plain(0 if parents.shape[0] == 1 else parents.stride(0)), parents.stride(1))
     return Drafted(
         draft_tokens,
         *draft_tokens.stride(),

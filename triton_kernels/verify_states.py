@@ -12,6 +12,7 @@ from ..backends import BackendUnavailable
 from . import configurations
 from .devices import on_device_of
 from .static_call import StaticCall
+from .vocabulary import plain
 
 CONFIGURATIONS = configurations.load("verify_states")
 
@@ -32,7 +33,8 @@ def walk(
     STATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """best [B]. Strides of b, k, l; the graph's of b, from, to. All K states are held at once."""
+    """best [B]. Strides of b, k, l; the graph's of b (0 where it
+    is shared, as ``plain`` has it), from, to. All K states are held at once."""
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, STATES)
     row = k.to(tl.int64)
@@ -45,7 +47,9 @@ def walk(
         if graph is None:
             child = fresh & (k > at)
         else:
-            edge = graph + b * graph_strides[0] + at * graph_strides[1] + row * graph_strides[2]
+            edge = (
+                graph + b * (graph_strides[0] >> 2) + at * graph_strides[1] + row * graph_strides[2]
+            )
             child = fresh & (tl.load(edge, mask=k < K, other=0) != 0)
         wrong = tl.zeros([STATES], tl.int32)
         for i in range(0, L, BLOCK):
@@ -102,7 +106,8 @@ def arguments(
 ) -> dict[str, Any]:
     edges = (0, 0, 0)
     if graph is not None:
-        edges = (graph.stride(0) if graph.shape[0] > 1 else 0, *graph.stride()[1:])
+        shared = plain(graph.stride(0) if graph.shape[0] > 1 else 0)
+        edges = (shared, *graph.stride()[1:])
     return dict(
         states=states,
         targets=targets,

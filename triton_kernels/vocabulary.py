@@ -42,19 +42,23 @@ def load_chunk(row, start, V, fill, CHUNK: tl.constexpr):
 
 
 class Edits(NamedTuple):
-    """What changes a row's logits before all else. Pointers are to the row's own entries."""
+    """What changes a row's logits before all else: tensors, and where the row's own entries begin.
 
-    bias_ids: Any  # [num_bias], or None
-    bias: Any
-    num_bias: Any
-    exclude: Any  # tuple of ids, part of the binary: a model's own
-    exclude_ids: Any  # [num_excluded], or None
-    num_excluded: Any
+    Kernels make it where they use it: up to Triton 3.6 no function may return a None.
+    """
+
     allowed: Any  # int32 bits, or None
+    allowed_at: Any = 0
+    bias_ids: Any = None  # [num_bias], or None
+    ids_at: Any = 0
+    bias: Any = None
+    bias_at: Any = 0
+    num_bias: Any = 0
+    exclude: Any = ()  # ids, part of the binary: a model's own
+    exclude_ids: Any = None  # [num_excluded], or None
+    excluded_at: Any = 0
+    num_excluded: Any = 0
     log: Any = None  # not None: entries are probabilities, read as their logarithms
-
-
-NO_EDITS = Edits(None, None, 0, (), None, 0, None)
 
 
 @triton.jit
@@ -64,16 +68,17 @@ def edited(x, edits, start, V, fill, CHUNK: tl.constexpr):
     if edits.bias_ids is not None:
         total = tl.zeros([CHUNK], tl.float32)
         for n in range(edits.num_bias):
-            hit = at == tl.load(edits.bias_ids + n)
-            total = tl.where(hit, total + tl.load(edits.bias + n).to(tl.float32), total)
+            hit = at == tl.load(edits.bias_ids + edits.ids_at + n)
+            more = tl.load(edits.bias + edits.bias_at + n).to(tl.float32)
+            total = tl.where(hit, total + more, total)
         x += total
     for n in tl.static_range(len(edits.exclude)):
         x = tl.where(at == edits.exclude[n], fill, x)
     if edits.exclude_ids is not None:
         for n in range(edits.num_excluded):
-            x = tl.where(at == tl.load(edits.exclude_ids + n), fill, x)
+            x = tl.where(at == tl.load(edits.exclude_ids + edits.excluded_at + n), fill, x)
     if edits.allowed is not None:
-        word = tl.load(edits.allowed + at // 32, mask=at < V, other=0)
+        word = tl.load(edits.allowed + edits.allowed_at + at // 32, mask=at < V, other=0)
         x = tl.where((word >> (at % 32)) & 1 == 1, x, fill)
     return tl.where(at < V, x, fill)
 
