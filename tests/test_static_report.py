@@ -28,7 +28,8 @@ HALF, FP32 = torch.bfloat16, torch.float32
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one may have loaded Triton's interpreter."""
     keep = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment = dict(keep, PYTHONPATH=str(HERE), COLUMNS="300", OMP_NUM_THREADS="1")
+    path = os.pathsep.join([str(HERE), *filter(None, [keep.get("PYTHONPATH")])])  # a mutant's copy
+    environment = dict(keep, PYTHONPATH=path, COLUMNS="300", OMP_NUM_THREADS="1")
     command = [sys.executable, *command]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import configurations
 from .commit_orders import MASKED, NAMES, Results, clipped_window
 from .commit_rules import commit_window, rule_of
-from .devices import on_device_of
+from .devices import architecture, on_device_of, table_of
 from .rows import Place, keys_of, per_request, stride0, two
 from .static_call import StaticCall
 from .vocabulary import plain
@@ -92,7 +92,7 @@ def commit(
             stride_l=scores.stride(1),
             PER_REQUEST=per_request(seed_tensor),
             **options,
-            **CONFIGURATIONS[("commit",)],
+            **CONFIGURATIONS[("commit", architecture(tokens))],
         )
     return made
 
@@ -185,4 +185,4 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
             PER_REQUEST=False,
             **options,
         )
-        yield StaticCall(commit_scores, ("commit",), given, torch.float32, note=rule)
+        yield StaticCall(commit_scores, ("commit", table_of(arch)), given, torch.float32, note=rule)

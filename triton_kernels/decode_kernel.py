@@ -189,7 +189,8 @@ def decode(
 
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, S.BLOCK_DV], tl.float32)
+    BLOCK_DV: tl.constexpr = S.BLOCK_DV  # Triton 3.6 takes no field of S in a list
+    acc = tl.zeros([BM, BLOCK_DV], tl.float32)
     k_factor = k_scale
     if S.K_POINTER:
         k_factor = tl.load(k_scale + b * stride_ks_b + h * stride_ks_h)

@@ -38,15 +38,6 @@ def uniform(STREAM: tl.constexpr, key, offset, position, index):
 
 
 @triton.jit
-def gumbel(STREAM: tl.constexpr, key, offset, position, v):
-    """Noise of the vocabulary entries v (int32): word v % 4 of the counter with index v // 4."""
-    x0, x1, x2, x3 = words(STREAM, key, offset, position, (v // 4).to(tl.int64))
-    word = v % 4
-    x = tl.where(word == 0, x0, tl.where(word == 1, x1, tl.where(word == 2, x2, x3)))
-    return gumbel_of(x)
-
-
-@triton.jit
 def chunk_gumbel(STREAM: tl.constexpr, key, offset, position, start, CHUNK: tl.constexpr):
     """Noise of the entries [start, start + CHUNK), multiples of 4: a counter for four of them."""
     index = (start // 4 + tl.arange(0, CHUNK // 4)).to(tl.int64)

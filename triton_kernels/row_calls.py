@@ -11,6 +11,7 @@ from torch import Tensor
 from .commit import empty_results, results_of, window_place
 from .commit_orders import NAMES
 from .commit_rules import rule_of
+from .devices import table_of
 from .row_chunks import CHUNK, CONFIGURATIONS, row_chunks
 from .row_launches import RowCall, chunk_arguments
 from .sample_and_score import call_of, choice_arguments, row_choices
@@ -59,6 +60,12 @@ def examples() -> dict[str, dict[str, Any]]:
 
 
 def static_calls(arch: str) -> Iterator[StaticCall]:
+    for call in any_calls():
+        yield call._replace(configuration=(*call.configuration, table_of(arch)))
+
+
+def any_calls() -> Iterator[StaticCall]:
+    """As on any architecture; which one, the configuration has still to say."""
     for name, given in examples().items():
         for dtype in (BF16, FP32):
             yield from sample_calls(dtype, name, given)

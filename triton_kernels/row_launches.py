@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .devices import architecture
 from .law_rows import Numbers, is_filtered, numbers_of
 from .row_chunks import CHUNK, CONFIGURATIONS, FIELDS, row_chunks
 from .row_decision import CONFIDENCES, SAMPLERS
@@ -107,7 +108,8 @@ def chunks_a_program(rows: int, chunks: int) -> int:
 def launch_chunks(call: RowCall, count: int, finished: Tensor | None) -> None:
     per = chunks_a_program(count, call.rows.C)
     row_chunks[(count, -(-call.rows.C // per))](
-        **chunk_arguments(call, finished, per), **CONFIGURATIONS[("chunks",)]
+        **chunk_arguments(call, finished, per),
+        **CONFIGURATIONS[("chunks", architecture(call.rows.x))],
     )
 
 

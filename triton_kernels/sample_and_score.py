@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .devices import on_device_of
+from .devices import architecture, on_device_of
 from .row_decision import decide
 from .row_launches import CONFIGURATIONS, RowCall, launch_chunks, row_call, rows_of
 from .rows import Place, as_rows, edits_at, locate, row_at, two
@@ -91,7 +91,7 @@ def sample_and_score(
         launch_chunks(call, count, None)
         row_choices[(count,)](
             **choice_arguments(call, tokens, confidence, lse),
-            **CONFIGURATIONS[("choose", call.key)],
+            **CONFIGURATIONS[("choose", call.key, architecture(logits))],
         )
     return tokens, confidence, lse
 

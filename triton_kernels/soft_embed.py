@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configurations
-from .devices import on_device_of
+from .devices import architecture, on_device_of, table_of
 from .numerics import LN2, LOG2E, rounded
 from .row_chunks import CHUNK, FIELDS
 from .row_decision import chunk_sums, merged_energy, surviving
@@ -160,14 +160,16 @@ def soft_embed(
     count = entropy.numel()
     if count == 0:
         return out, entropy
-    call = embed_call(logits, count, top_p, top_p_tensor)
+    call, arch = embed_call(logits, count, top_p, top_p_tensor), architecture(logits)
     floors = None
     with on_device_of(logits):
         launch_chunks(call, count, None)
         if call.numbers.top_p is not None:
             floors = torch.empty((count, 2), dtype=torch.float32, device=logits.device)
-            support_floors[(count,)](**floor_arguments(call, floors), **CONFIGURATIONS[("floors",)])
-        launch = CONFIGURATIONS[("mix",)]
+            support_floors[(count,)](
+                **floor_arguments(call, floors), **CONFIGURATIONS[("floors", arch)]
+            )
+        launch = CONFIGURATIONS[("mix", arch)]
         mix[(count, max(1, -(-E // launch["BLOCK_E"])))](
             **mix_arguments(call, floors, embedding, mask_id, ratio, ratio_tensor, out, entropy),
             **launch,
@@ -240,16 +242,22 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
                 given = floor_arguments(call, floors)
                 bytes_ = CHUNK * dtype.itemsize
                 yield StaticCall(
-                    support_floors, ("floors",), given, dtype, streamed=bytes_, aligned=not odd,
-                    note=note,
+                    support_floors, ("floors", table_of(arch)), given, dtype, streamed=bytes_,
+                    aligned=not odd, note=note,
                 )  # fmt: skip
             given = mix_arguments(
                 call, None if off else floors, embedding, 5, 0.5, None, out, entropy
             )
-            launch = CONFIGURATIONS[("mix",)]
+            launch = CONFIGURATIONS[("mix", table_of(arch))]
             bytes_ = launch["BLOCK_V"] * launch["BLOCK_E"] * table.itemsize
             yield StaticCall(
-                mix, ("mix",), given, table, streamed=bytes_, aligned=not odd, note=note
+                mix,
+                ("mix", table_of(arch)),
+                given,
+                table,
+                streamed=bytes_,
+                aligned=not odd,
+                note=note,
             )
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .commit import empty_results, results_of, window_place
 from .commit_rules import commit_window, rule_of
-from .devices import on_device_of
+from .devices import architecture, on_device_of
 from .row_decision import decide
 from .row_launches import CONFIGURATIONS, RowCall, launch_chunks, row_call, rows_of
 from .rows import edits_at, locate, row_at
@@ -129,7 +129,7 @@ def unmask(
         launch_chunks(call, B * R, finished)
         unmask_rows[(B * R,)](
             **unmask_arguments(call, finished, numbers, results, options, return_proposals),
-            **CONFIGURATIONS[("unmask", call.key)],
+            **CONFIGURATIONS[("unmask", call.key, architecture(logits))],
         )
     return (*made, returned)  # type: ignore[return-value]
 

@@ -155,12 +155,6 @@ def row_of(stats, scale, C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def is_good(top):
-    """Whether a row has a law: no NaN, something allowed."""
-    return top > -INFINITY
-
-
-@triton.jit
 def crossing(masses, u, BLOCK: tl.constexpr):
     """Inverse CDF over a vector: (the first i with cumsum(m)[i] > u sum(m), the mass before it).
 

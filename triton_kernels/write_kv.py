@@ -92,10 +92,8 @@ def row_of(x, i, j, h, strides):
 
 @triton.jit
 def scale_of(scale, b, h, real, strides, POINTER: tl.constexpr):
-    """A cache's scale a head, [HEADS], from a number or a tensor; None is 1."""
-    if scale is None:
-        return None
-    elif POINTER:
+    """A cache's scale a head, [HEADS], from a number or a tensor."""
+    if POINTER:
         return tl.load(scale + b * strides[0] + h * strides[1], mask=real, other=1.0)
     else:
         return tl.zeros(h.shape, tl.float32) + scale
@@ -106,7 +104,9 @@ def write_values(
     v, v_cache, v_scale, b, n, page, slot, h, H, there, strides, cache_strides, scale_strides,
     POINTER: tl.constexpr, FORM: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    scale = scale_of(v_scale, b, h, h < H, scale_strides, POINTER)
+    scale = v_scale
+    if v_scale is not None:
+        scale = scale_of(v_scale, b, h, h < H, scale_strides, POINTER)
     to = row_of(v_cache, page, slot, h, cache_strides)
     copy(row_of(v, b, n, h, strides), to, (h < H) & there, scale, FORM, 0, DV)
 
@@ -188,7 +188,9 @@ def write(
     if tile < k_tiles:
         x = row_of(k, b, n, h, k_strides)
         to = row_of(k_cache, page, slot, h, k_cache_strides)
-        scale = scale_of(k_scale, b, h, h < H, k_scale_strides, K_POINTER)
+        scale = k_scale
+        if k_scale is not None:
+            scale = scale_of(k_scale, b, h, h < H, k_scale_strides, K_POINTER)
         rotate(x, to, (h < H) & there, scale, cos, sin, K_FORM, D, HALF, INTERLEAVED)
     elif tile < k_tiles + v_tiles:
         write_values(

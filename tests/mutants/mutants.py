@@ -27,6 +27,7 @@ IN_ROWS = "tests/triton/test_sample_and_score.py"
 IN_RULES = "tests/triton/test_commit_rules.py"
 IN_UNMASK = "tests/triton/test_unmask.py"
 CHAIN_KERNELS = "triton_kernels/chain_kernels.py"
+IN_HAZARDS = "tests/test_kernel_hazards.py"
 IN_CHAINS = "tests/triton/test_rejection_sample.py"
 IN_GREEDY = "tests/triton/test_verify_greedy.py"
 IN_COUPLED = "tests/triton/test_coupled_accept.py"
@@ -680,6 +681,34 @@ MUTANTS = [
         INTERPRETED,
     ),
     # chains, greedy verdicts and coupling in Triton
+    Mutant(
+        "no barrier between a chain's sums and their reader, where a program has all of them",
+        CHAIN_KERNELS,
+        "    tl.debug_barrier()  # one thread stores the sums",
+        "    # one thread stores the sums",
+        IN_HAZARDS + " -k waits",
+    ),
+    Mutant(
+        "a tree's seed specialised",
+        "triton_kernels/tree_walk.py",
+        '"count", "seed", ',
+        '"count", ',
+        IN_HAZARDS + " -k one_binary",
+    ),
+    Mutant(
+        "the stride of shared parents specialised",
+        "triton_kernels/verify_greedy.py",
+        "strides = (plain(0 if parents.shape[0] == 1 else parents.stride(0)), parents",
+        "strides = ((0 if parents.shape[0] == 1 else parents.stride(0)), parents",
+        IN_HAZARDS + " -k one_binary",
+    ),
+    Mutant(
+        "a tuple compared with None, which Triton 3.6 does not compile",
+        "triton_kernels/tree_walk.py",
+        'if RULE != "delta" and RULE != "target_only":',
+        "if q is not None:",
+        IN_HAZARDS + " -k takes_it",
+    ),
     Mutant(
         "a draft accepted where its coin is exactly its ratio",
         CHAIN_KERNELS,
