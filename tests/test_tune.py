@@ -50,12 +50,12 @@ def proven(op: str, key: Any, launch: Any) -> str:
     return "spills 8 bytes" if launch == SPILLS else ""
 
 
-def sweep(module: Any, workload: Any) -> tune.Entry:
+def sweep(module: Any, workload: Any, seconds: float = 0.05) -> tune.Entry:
     said: list[str] = []
     (entry,) = tune.sweep(
         *("merge_states", module, lambda key: workload, CPU),
         proven=proven,
-        seconds=0.05,
+        seconds=seconds,
         say=said.append,
     )
     assert len(said) == (workload is not None)
@@ -74,7 +74,8 @@ def test_the_fastest_right_one_wins(made_up: Any) -> None:
 
 def test_the_noise_moves_nothing(made_up: Any) -> None:
     made_up.candidates = lambda key: [SAME]
-    assert sweep(made_up, merge.workload(2, 1, 4, 2, 16, torch.float32)).launch == SLOW
+    workload = merge.workload(2, 1, 4, 2, 16, torch.float32)
+    assert sweep(made_up, workload, seconds=1.0).launch == SLOW  # enough samples to have a spread
 
 
 def test_another_machines_keys_stay(made_up: Any) -> None:
