@@ -19,7 +19,7 @@ demo: $(VENV)/demo
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
-# The Triton kernels, interpreted on CPU tensors: two minutes.
+# The Triton kernels, interpreted on CPU tensors: three minutes.
 test-triton: $(VENV)/test
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 $(ARGS) tests/triton
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from . import configurations
 from .devices import architecture, on_device_of, table_of
-from .law_prepare import CHUNK, chunks_a_program
+from .law_prepare import CHUNK
 from .law_rows import pair
+from .numerics import power_of_two
 from .philox import DRAFT, chunk_gumbel
 from .row_chunks import noisiest, perturbed
 from .rows import keys_of, offset_of, per_request, position_of, seed_of
 from .static_call import StaticCall
-from .vocabulary import INFINITY, NO_TOKEN, as_scalar, load_chunk, number, power_of_two, top_of
+from .vocabulary import INFINITY, NO_TOKEN, as_scalar, chunks_a_program, load_chunk, number, top_of
 
 CONFIGURATIONS = configurations.load("coupled_accept")
 # what a chunk says of its rows besides its noisiest token

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import configurations
 from .decode_kernel import Shape
-from .numerics import INTERPRETED
+from .numerics import INTERPRETED, power_of_two
 
 CONFIGURATIONS = configurations.load("decode_attention")
 LOG2E = 1.4426950408889634
@@ -18,10 +18,6 @@ FORMS = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 Pair = tuple[Any, Tensor | None]  # a number, as the schemas have it
 Key = tuple[str, int, int, str, str]
 CLEAR = ("clear", 32)
-
-
-def power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def key_of(

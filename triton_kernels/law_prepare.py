@@ -30,9 +30,10 @@ from .law_rows import (
     row_bits,
     temperature_of,
 )
+from .numerics import power_of_two
 from .static_call import StaticCall
 from .thresholds import filters
-from .vocabulary import Edits, leave, number, power_of_two, scale_of, top_of, weights
+from .vocabulary import Edits, chunks_a_program, leave, number, scale_of, top_of, weights
 
 CONFIGURATIONS = configurations.load("law_prepare")
 
@@ -158,11 +159,6 @@ def index_vocab(vocab, firsts, Vd, target_C, CHUNK: tl.constexpr):
     if c > target_C:
         count = tl.where(count == 0, 1, 0)
     tl.store(firsts + c, count)
-
-
-def chunks_a_program(rows: int, chunks: int) -> int:
-    """One while that leaves no processor idle, then a few, to start fewer programs."""
-    return max(1, min(8, rows * chunks // 1024))
 
 
 def prepare(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import configurations
 from .devices import on_device_of
-from .numerics import LOG2E
+from .numerics import LOG2E, power_of_two
 from .static_call import StaticCall
 from .vocabulary import plain
 
@@ -150,11 +150,6 @@ def merge_states(
     with on_device_of(first):
         merge[grid](**given, **launch)
     return out, lse
-
-
-def power_of_two(n: int) -> int:
-    """The next one; Triton's own costs 2 us."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def block_of(D: int) -> int:

@@ -15,12 +15,13 @@ from .devices import architecture, on_device_of
 from .draws import Draws, draws_of
 from .law_prepare import describe, prepare, prepare_vocab
 from .law_rows import CHUNK, LawRows, Numbers, Pair, is_filtered, law_rows, numbers_of, pair
+from .numerics import power_of_two
 from .static_call import StaticCall
 from .traversal import NUMBERS, row_numbers
 from .traversal import leaf_first as leaf_first_kernel
 from .tree_residuals import FIELDS, Tree
 from .tree_walk import Outputs, walk
-from .vocabulary import plain, power_of_two
+from .vocabulary import plain
 
 CONFIGURATIONS = configurations.load("rejection_sample_tree")
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from .devices import architecture
 from .law_rows import Numbers, is_filtered, numbers_of
+from .numerics import power_of_two
 from .row_chunks import CHUNK, CONFIGURATIONS, FIELDS, row_chunks
 from .row_decision import CONFIDENCES, SAMPLERS
 from .rows import Changes, Keys, Place, Rows, changes_of, keys_of, per_request
-from .vocabulary import power_of_two
+from .vocabulary import chunks_a_program
 
 
 class RowCall(NamedTuple):
@@ -98,11 +99,6 @@ def row_call(
         ),
         "filtered" if filtered else "greedy" if sampler == "greedy" else "sampled",
     )
-
-
-def chunks_a_program(rows: int, chunks: int) -> int:
-    """One while that leaves no processor idle, then a few, to start fewer programs."""
-    return max(1, min(8, rows * chunks // 1024))
 
 
 def launch_chunks(call: RowCall, count: int, finished: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import configurations
 from .devices import architecture, on_device_of, table_of
-from .numerics import LN2, LOG2E, rounded
+from .numerics import LN2, LOG2E, power_of_two, rounded
 from .row_chunks import CHUNK, FIELDS
 from .row_decision import chunk_sums, merged_energy, surviving
 from .row_launches import RowCall, launch_chunks, row_call, rows_of
@@ -29,7 +29,6 @@ from .vocabulary import (
     load_chunk,
     number,
     plain,
-    power_of_two,
     row_of,
 )
 

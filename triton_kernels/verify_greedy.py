@@ -17,8 +17,9 @@ from .devices import architecture, on_device_of, table_of
 from .greedy_kernels import RULES, Drafted, row_limits, walk
 from .law_prepare import CHUNK, example, prepare
 from .law_rows import LawRows, law_rows, numbers_of, pair
+from .numerics import power_of_two
 from .static_call import StaticCall
-from .vocabulary import plain, power_of_two
+from .vocabulary import plain
 
 CONFIGURATIONS = configurations.load("verify_greedy")
 

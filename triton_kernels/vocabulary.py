@@ -20,13 +20,14 @@ LARGEST, SMALLEST = tl.constexpr(3.4028234663852886e38), tl.constexpr(1.17549435
 NO_TOKEN = tl.constexpr(2147483647)
 
 
+def chunks_a_program(rows: int, chunks: int) -> int:
+    """One while that leaves no processor idle, then a few, to start fewer programs."""
+    return max(1, min(8, rows * chunks // 1024))
+
+
 def plain(value: int) -> int:
     """An int that Triton does not specialise on, read as ``x >> 2``."""
     return 4 * value + 2
-
-
-def power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 @triton.jit

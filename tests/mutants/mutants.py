@@ -750,11 +750,11 @@ MUTANTS = [
         INTERPRETED,
     ),
     Mutant(
-        "a threshold that ties do not share",
+        "a filter that drops the last entry it should keep",
         "triton_kernels/thresholds.py",
-        "high = tl.min(tl.where(weight < bound, pivots, high), 0)",
-        "high = tl.min(tl.where(weight < bound, pivots, high), 0) + 0 * low + (low > high - 2)",
-        IN_CHAINS + " -k decides",
+        "ordered(x)[:, None] > pivots[None, :]",
+        "ordered(x)[:, None] >= pivots[None, :]",
+        IN_CHAINS + " -k top_k_keeps",
         INTERPRETED,
     ),
     Mutant(

@@ -148,11 +148,13 @@ def test_long_rows(rule: str, V: int) -> None:
     draft = target[:, :2].float() + 0.3 * torch.randn(1, 2, V)
     tokens = draft.softmax(-1)[0].multinomial(1).view(1, 2)
     args = (target, tokens, draft)
-    kwargs: dict[str, Any] = dict(rule=rule, seed=11, return_num_passed=True)
+    kwargs: dict[str, Any] = dict(rule=rule, seed=11, return_num_passed=True, return_logprobs=True)
     want, _ = pydecode.rejection_sample(*args, **kwargs, backend="reference")
     got, _ = pydecode.rejection_sample(*args, **kwargs, backend="triton")
     same = torch.equal(got.tokens, want.tokens)
     assert same or undecidable(args, kwargs, 0, got.tokens[0])
+    if same:
+        torch.testing.assert_close(got.logprobs, want.logprobs.float(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -213,3 +215,12 @@ def test_draws_at_the_edge_of_acceptance() -> None:
         )
         assert out.num_accepted.tolist() == [0, 1, 0]
         assert out.tokens[0].tolist() == [1, -1]
+
+
+def test_the_last_token_that_top_k_keeps() -> None:
+    """Of k = 2 the second largest passes at u = 0, and the third does not."""
+    target = torch.tensor([[[3.0, 2.0, 1.0, 0.0]]]).expand(2, 2, 4)
+    out = pydecode.rejection_sample(
+        target, torch.tensor([[1], [2]]), top_k=2, uniforms=torch.zeros(2, 2), backend="triton"
+    )
+    assert out.num_accepted.tolist() == [1, 0]
