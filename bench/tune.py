@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from pydecode.triton_kernels.configurations import FOLDER
 
+from pydecode import replay
 from pydecode.check.draw import Case
 from pydecode.check.report import machine
 from pydecode.check.run import check_case, public
@@ -49,10 +50,12 @@ def entry(table: dict[Hashable, Launch], key: Hashable, launch: Launch) -> Itera
     """Inside, the launcher reads ``launch`` for ``key``."""
     before = table[key]
     table[key] = launch
+    replay.forget()
     try:
         yield
     finally:
         table[key] = before
+        replay.forget()
 
 
 def sweep(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import replay
 from .schemas import OUT_OVERLOADS, SCHEMAS, out_schema
 
 LIBRARY = torch.library.Library("pydecode", "DEF")
@@ -44,7 +45,9 @@ def call(op: Any, run: Callable[..., Any], *args: Any, **out: Any) -> Any:
     Traced means ``torch.compile`` and ``torch.export``, or any dispatch mode (fake tensors,
     make_fx), for which the op must be one opaque node.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or (
+        torch._C._len_torch_dispatch_stack() > 0 and not replay.recording()
+    ):
         return op(*args, **out)
     if not torch.is_grad_enabled():  # an engine's usual state: the context is a microsecond
         return run(*args, **out)

@@ -9,11 +9,13 @@ from . import attention_data as data
 from . import binding
 from .backends import choose, triton_kernels, unavailable
 from .reference import branch_attention as reference
+from .replay import replayed
 from .validation import checking, expect_dim, expect_index
 
 HAS = ("reference", "triton")
 
 
+@replayed
 def branch_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -11,12 +11,14 @@ from .backends import choose, unavailable
 from .reference import commit as reference
 from .reference.numbers import compute_dtype
 from .reference.unmask import Result
+from .replay import replayed
 from .results import Unmasked
 from .validation import expect_index
 
 HAS = ("reference", "triton")
 
 
+@replayed
 def commit(
     tokens: Tensor,
     proposals: Tensor,

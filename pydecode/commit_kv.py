@@ -10,6 +10,7 @@ from . import attention_arguments as arguments
 from . import binding
 from .backends import choose, unavailable
 from .reference import commit_kv as reference
+from .replay import replayed
 from .validation import (
     FLOATS,
     FP8,
@@ -29,6 +30,7 @@ from .write_kv import expect_writable
 HAS = ("reference", "triton")
 
 
+@replayed
 def commit_kv(
     k_caches: Sequence[Tensor] | Tensor,
     v_caches: Sequence[Tensor] | Tensor,

@@ -9,6 +9,7 @@ from . import binding
 from . import sampling_arguments as arguments
 from .backends import choose, triton_kernels, unavailable
 from .reference import coupled_accept as reference
+from .replay import replayed
 from .validation import (
     checking,
     data_range,
@@ -22,6 +23,7 @@ from .validation import (
 HAS = ("reference", "triton")
 
 
+@replayed
 def coupled_accept(
     draft_logits: Tensor,
     verifier_logits: Tensor,

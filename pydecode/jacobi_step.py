@@ -8,6 +8,7 @@ from torch import Tensor
 from . import binding
 from .backends import choose, unavailable
 from .reference import jacobi_step as reference
+from .replay import replayed
 from .validation import (
     INTS,
     checking,
@@ -22,6 +23,7 @@ from .validation import (
 HAS = ("reference", "triton")
 
 
+@replayed
 def jacobi_step(
     draft: Tensor,
     target: Tensor,

@@ -12,6 +12,7 @@ from .attention_arguments import metadata, run_into
 from .backends import choose, triton_kernels, unavailable
 from .reference import merge_states as reference
 from .reference.numbers import compute_dtype
+from .replay import replayed
 from .validation import (
     FLOATS,
     expect_device,
@@ -25,6 +26,7 @@ from .validation import (
 HAS = ("reference", "triton")
 
 
+@replayed
 def merge_states(
     outs: Tensor | Sequence[Tensor],
     lses: Tensor | Sequence[Tensor],

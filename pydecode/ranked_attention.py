@@ -10,6 +10,7 @@ from . import attention_data as data
 from . import binding
 from .backends import choose, triton_kernels, unavailable
 from .reference import ranked_attention as reference
+from .replay import replayed
 from .validation import (
     checking,
     expect_device,
@@ -22,6 +23,7 @@ from .validation import (
 HAS = ("reference", "triton")
 
 
+@replayed
 def ranked_attention(
     q: Tensor,
     k: Tensor,

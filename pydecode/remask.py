@@ -9,11 +9,13 @@ from . import binding
 from . import sampling_arguments as arguments
 from .backends import choose, unavailable
 from .reference import remask as reference
+from .replay import replayed
 from .validation import checking, data_range, number
 
 HAS = ("reference", "triton")
 
 
+@replayed
 def remask(
     tokens: Tensor,
     scores: Tensor,

@@ -9,11 +9,13 @@ from . import attention_data as data
 from . import binding
 from .backends import choose, triton_kernels, unavailable
 from .reference import tree_attention as reference
+from .replay import replayed
 from .validation import checking
 
 HAS = ("reference", "triton")
 
 
+@replayed
 def tree_attention(
     q: Tensor,
     k_cache: Tensor,

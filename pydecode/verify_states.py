@@ -8,6 +8,7 @@ from torch import Tensor
 from . import binding
 from .backends import choose, unavailable
 from .reference import verify_states as reference
+from .replay import replayed
 from .validation import (
     INTS,
     expect_choice,
@@ -22,6 +23,7 @@ RULES = ("exact", "subset")
 HAS = ("reference", "triton")
 
 
+@replayed
 def verify_states(
     states: Tensor,
     targets: Tensor,

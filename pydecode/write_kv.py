@@ -9,6 +9,7 @@ from . import attention_arguments as arguments
 from . import binding
 from .backends import choose, unavailable
 from .reference import write_kv as reference
+from .replay import replayed
 from .validation import (
     FLOATS,
     checking,
@@ -26,6 +27,7 @@ from .validation import (
 HAS = ("reference", "triton")
 
 
+@replayed
 def write_kv(
     k: Tensor,
     v: Tensor,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .commit_orders import MASKED, NAMES, Results, clipped_window
 from .commit_rules import commit_window, rule_of
@@ -82,7 +83,9 @@ def commit(
     results = results_of(*made, proposals, rule[0])
     keys = keys_of(seed, seed_tensor, offset, offset_tensor, positions, None)
     with on_device_of(tokens):
-        commit_scores[(B,)](
+        launch(
+            commit_scores,
+            (B,),
             place=place,
             rule=numbers,
             keys=keys,

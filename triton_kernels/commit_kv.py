@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .cache_slots import slots
 from .devices import on_device_of
@@ -206,7 +207,7 @@ def commit_kv(
         k_caches, v_caches, path, num_accepted, cache_seqlens, block_table, k_rows, v_rows, lengths
     )
     with on_device_of(path):
-        commit[grid](**given, **CONFIGURATIONS[key_of(given)])
+        launch(commit, grid, **given, **CONFIGURATIONS[key_of(given)])
     return lengths
 
 

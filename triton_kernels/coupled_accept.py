@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .devices import architecture, on_device_of, table_of
 from .law_prepare import CHUNK
@@ -185,9 +186,10 @@ def coupled_accept(
     C = stats.shape[2]
     per, arch = chunks_a_program(B * M, C), architecture(draft_logits)
     with on_device_of(draft_logits):
-        mixed_chunks[(B * M, -(-C // per))](**common, per=per, **CONFIGURATIONS[("chunks", arch)])
-        accepted_prefix[(B,)](
-            **common, **decision(tokens, num_accepted, force_first, both),
+        grid = (B * M, -(-C // per))
+        launch(mixed_chunks, grid, **common, per=per, **CONFIGURATIONS[("chunks", arch)])
+        launch(
+            accepted_prefix, (B,), **common, **decision(tokens, num_accepted, force_first, both),
             **CONFIGURATIONS[("prefix", arch)],
         )  # fmt: skip
     return num_accepted

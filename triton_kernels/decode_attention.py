@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..replay import launch
 from .decode_combine import clear, combine
 from .decode_kernel import decode
 from .decode_plan import CONFIGURATIONS, Pair, Plan, make_plan
@@ -83,7 +84,7 @@ def decode_attention(
             _plans.clear()
         if all(a is b for a, b in zip(given, (mask, block_table, cu_seqlens_q))):
             _plans[at] = plan
-    return launch(
+    return run(
         plan, q, k_cache, v_cache, k, v, mask, positions, block_table, sinks, cu_seqlens_q,
         causal, length, hole, first, count, branches, k_scale, v_scale,
     )  # fmt: skip
@@ -100,7 +101,7 @@ def nothing(q: Tensor, Dv: int, return_lse: bool) -> tuple[Tensor, Tensor]:
     return q.new_zeros((*q.shape[:-1], Dv)), empty
 
 
-def launch(
+def run(
     plan: Plan, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
     mask: Tensor | None, positions: Tensor | None, block_table: Tensor | None,
     sinks: Tensor | None, cu_seqlens_q: Tensor | None, causal: Pair, length: Pair, hole: Pair,
@@ -120,16 +121,17 @@ def launch(
         v_scale,
     )  # fmt: skip
     with on_device_of(q):
-        decode[plan.grid](*pointers, *plan.rest, **plan.entry)
+        launch(decode, plan.grid, *pointers, *plan.rest, **plan.entry)
         if plan.parts:
-            combine[plan.combine_grid](
-                part_out, part_lse, out, lse, sinks, cu_seqlens_q, *plan.combine_rest,
-                **plan.combine_entry,
+            launch(
+                combine, plan.combine_grid, part_out, part_lse, out, lse, sinks, cu_seqlens_q,
+                *plan.combine_rest, **plan.combine_entry,
             )  # fmt: skip
         elif cu_seqlens_q is not None:
-            clear[plan.combine_grid](
-                out, lse, cu_seqlens_q, *plan.combine_rest, **plan.combine_entry
-            )
+            launch(
+                clear, plan.combine_grid, out, lse, cu_seqlens_q, *plan.combine_rest,
+                **plan.combine_entry,
+            )  # fmt: skip
     if out.dtype != q.dtype:
         out = out.to(q.dtype)
     return out, torch.empty(0, dtype=torch.float32, device=device) if lse is None else lse

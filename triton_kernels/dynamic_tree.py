@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .ancestors import ascending, bits_of_path, entry_of, links, smallest
 from .devices import on_device_of
@@ -105,7 +106,7 @@ def dynamic_tree(
     if B:
         given = arguments(scores, tokens, parents, *results)
         with on_device_of(scores):
-            rerank[(B,)](**given, **entry)
+            launch(rerank, (B,), **given, **entry)
     return results  # type: ignore[return-value]
 
 

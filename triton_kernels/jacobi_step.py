@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .attention_steps import clamp, number_of
 from .devices import on_device_of
@@ -79,7 +80,7 @@ def jacobi_step(
         results = (num_accepted, next_draft, converged)
         given = arguments(draft, target, num_valid, num_valid_tensor, *results)
         with on_device_of(draft):
-            step[(B,)](**given, **CONFIGURATIONS[()])
+            launch(step, (B,), **given, **CONFIGURATIONS[()])
     return num_accepted, next_draft, converged
 
 

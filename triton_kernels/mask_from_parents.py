@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .ancestors import bits_of_path, entry_of, links
 from .devices import on_device_of
@@ -38,7 +39,8 @@ def mask_from_parents(parents: Tensor) -> Tensor:
     if mask.numel():
         flat = parents if parents.dim() == 2 else parents.reshape(-1, T)
         with on_device_of(parents):
-            mask_rows[(flat.shape[0], shape[-1])](**arguments(flat, mask), **entry)
+            grid = (flat.shape[0], shape[-1])
+            launch(mask_rows, grid, **arguments(flat, mask), **entry)
     return mask
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .devices import on_device_of
 from .numerics import LOG2E, power_of_two
@@ -144,11 +145,11 @@ def merge_states(
     if lse.numel() > 2**31 - 2**12:
         raise ValueError(f"outs: expected at most 2**31 rows (N H) a part, got {lse.numel()}")
     D = first.shape[-1]
-    launch = CONFIGURATIONS[(block_of(D),)]
-    grid = (-(-lse.numel() // launch["ROWS"]), max(1, -(-D // launch["BLOCK_D"])))
+    entry = CONFIGURATIONS[(block_of(D),)]
+    grid = (-(-lse.numel() // entry["ROWS"]), max(1, -(-D // entry["BLOCK_D"])))
     given = arguments(outs, lses, temperatures, scales, mask, log_base, out, lse)
     with on_device_of(first):
-        merge[grid](**given, **launch)
+        launch(merge, grid, **given, **entry)
     return out, lse
 
 

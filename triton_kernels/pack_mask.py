@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .devices import on_device_of
 from .static_call import StaticCall
@@ -41,7 +42,8 @@ def pack_mask(mask: Tensor) -> Tensor:
         entry = CONFIGURATIONS[()]
         rows = packed.numel() // shape[-1]
         with on_device_of(mask):
-            pack[(-(-rows // entry["ROWS"]), shape[-1])](**arguments(mask, packed), **entry)
+            grid = (-(-rows // entry["ROWS"]), shape[-1])
+            launch(pack, grid, **arguments(mask, packed), **entry)
     return packed
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BackendUnavailable
+from ..replay import launch
 from . import configurations
 from .devices import architecture, on_device_of, table_of
 from .numerics import INTERPRETED
@@ -73,7 +74,7 @@ def ranked_attention(
     )
     with on_device_of(q):
         for kernel, key, grid, given in calls:
-            kernel[(grid,)](**given, **CONFIGURATIONS[key])
+            launch(kernel, (grid,), **given, **CONFIGURATIONS[key])
     # the interpreter's cast to bf16 cuts off, so it hands out fp32
     return (out if out.dtype == q.dtype else out.to(q.dtype)), lse
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .ancestors import ascending
 from .attention_steps import number_of
@@ -87,7 +88,7 @@ def remask(tokens: Tensor, scores: Tensor, r: int, r_tensor: Tensor | None, mask
     if B * L:
         given = arguments(tokens, scores, r, r_tensor, mask_id, result)
         with on_device_of(tokens):
-            mask_least[(B,)](**given, **CONFIGURATIONS[key_of(L)])
+            launch(mask_least, (B,), **given, **CONFIGURATIONS[key_of(L)])
     return result
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import BackendUnavailable
+from ..replay import launch
 from . import configurations
 from .devices import on_device_of
 from .static_call import StaticCall
@@ -84,8 +85,11 @@ def verify_states(
     best = torch.empty(B, dtype=torch.int64, device=states.device)
     if B:
         with on_device_of(states):
-            walk[(B,)](
-                **arguments(states, targets, mask_id, rule, graph, best), **CONFIGURATIONS[key]
+            launch(
+                walk,
+                (B,),
+                **arguments(states, targets, mask_id, rule, graph, best),
+                **CONFIGURATIONS[key],
             )
     return best
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .cache_slots import slots
 from .devices import on_device_of
@@ -228,7 +229,7 @@ def write_kv(
     )
     if grid[0] * grid[1]:
         with on_device_of(k):
-            write[grid](**given, **CONFIGURATIONS[key_of(given)])
+            launch(write, grid, **given, **CONFIGURATIONS[key_of(given)])
     return q_out
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import binding
 from ..backends import choose, unavailable
 from ..reference import dynamic_tree as reference
+from ..replay import replayed
 from ..validation import (
     FLOATS,
     INTS,
@@ -21,6 +22,7 @@ from .tree import Tree, expect_int
 HAS = ("reference", "triton")
 
 
+@replayed
 def dynamic(
     scores: Tensor,
     tokens: Tensor,

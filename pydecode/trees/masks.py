@@ -15,6 +15,7 @@ from ..reference import attention
 from ..reference import mask_from_parents as parents_reference
 from ..reference import pack_mask as pack_reference
 from ..reference import tree_depths as depths_reference
+from ..replay import replayed
 from ..validation import (
     INTS,
     checking,
@@ -30,6 +31,7 @@ HAS = ("reference", "triton")
 pack_bits = pack_reference.pack_mask  # bool [..., N] -> int64 [..., ceil(N/64)], unvalidated
 
 
+@replayed
 def pack_mask(mask: Tensor, *, backend: str | None = None) -> Tensor:
     """Packs a bool mask into the bits that the attention ops read.
 
@@ -84,6 +86,7 @@ def unpack_mask(packed: Tensor, n: int) -> Tensor:
     return attention.unpack_mask(packed, n)
 
 
+@replayed
 def mask_from_parents(parents: Tensor, *, backend: str | None = None) -> Tensor:
     """The packed mask of a tree: row i sees itself and its ancestors.
 

@@ -42,6 +42,7 @@ RANKED_PLAN, RANKED_ATTEND = "triton_kernels/ranked_plan.py", "triton_kernels/ra
 RANKED_STEPS = "triton_kernels/ranked_steps.py"
 IN_RANKED = "tests/triton/test_ranked_attention.py"
 AT_RANKED = "tests/triton/test_ranked_edges.py"
+REPLAY, IN_REPLAY = "pydecode/replay.py", "tests/triton/test_replay.py"
 
 MUTANTS = [
     # attention
@@ -852,6 +853,46 @@ MUTANTS = [
         " & (begin[None, :] + row // BM < slots)",
         "",
         AT_RANKED + " -k cannot_have",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a call at an odd address replayed as one at an even",
+        REPLAY,
+        "x.device, x.data_ptr() & 15)",
+        "x.device)",
+        IN_REPLAY + " -k differs",
+        INTERPRETED,
+    ),
+    Mutant(
+        "True replayed as 1",
+        REPLAY,
+        "met += (kind, x)",
+        "met += (x,)",
+        IN_REPLAY + " -k errors",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a tensor given twice replayed as another that is",
+        REPLAY,
+        "met += map(ids.index, ids)",
+        "pass",
+        IN_REPLAY + " -k twice",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a replay without what PyTorch computed",
+        REPLAY,
+        "        else:\n            self.known = False\n",
+        "",
+        IN_REPLAY + " -k memory",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a view replayed of the wrong tensor",
+        REPLAY,
+        "made = View(func, self.index[id(args[0])]",
+        "made = View(func, 0 * self.index[id(args[0])]",
+        IN_REPLAY + " -k views",
         INTERPRETED,
     ),
 ]

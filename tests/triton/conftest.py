@@ -47,3 +47,11 @@ def _patched_once_a_launch() -> Iterator[None]:
         change.setattr(interpreter, "_patch_lang", once)
         change.setattr(interpreter.GridExecutor, "__call__", start)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_replayed() -> None:
+    """Of earlier tests: each makes its own calls, whatever it puts in the kernels' places."""
+    from pydecode import replay
+
+    replay.forget()

@@ -176,6 +176,8 @@ def test_one_launch_and_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[Any] = []
 
     class Counted:
+        arg_names = module.commit.arg_names
+
         def __getitem__(self, grid: Any) -> Any:
             launches.append(grid)
             return real[grid]
