@@ -30,6 +30,7 @@ from .verify_states import verify_states
 from .write_kv import write_kv
 
 N = 4  # rows in flight, tree nodes, block length
+LONG = 129  # rows of a prompt that fills the widest tile of prefill
 PAGE_SIZE = 16
 
 
@@ -46,6 +47,7 @@ def warmup(
     page_size: int = PAGE_SIZE,
     cache_dtype: torch.dtype | None = None,
     max_rows: int = 64,
+    max_drafts: int = 8,
 ) -> None:
     """Loads and compiles everything that such a model will call, by one tiny call of each op.
 
@@ -58,11 +60,15 @@ def warmup(
         vocab_size: V, at least 2.
         device: where the model runs.
         ops: names of ops as ``torch.ops.pydecode`` has them, such as "tree_attention"; None: all.
-        backend: of tree, block and branch attention and ``merge_states``; None: the fastest. With
-            "triton" their kernels are compiled for every tile and number of splits that 1 to
-            ``max_rows`` rows in flight take, over pages of ``page_size`` and a dense cache, of
-            ``cache_dtype`` (default ``dtype``; fp8: scales are tensors), with a mask and without.
-            Windows, soft caps, sinks and packed batches are other binaries: call those once.
+        backend: of every op that has it; None: the fastest. With "triton" tree, block and branch
+            attention are compiled for every tile and number of splits that 1 to ``max_rows`` rows
+            in flight take, over pages of ``page_size`` and a dense cache, of ``cache_dtype``
+            (default ``dtype``; fp8: scales are tensors), with a mask and without;
+            ``ranked_attention`` for short and long prompts, padded and over pages; what samples
+            with its defaults, with temperatures, and with temperatures, top-k and top-p, as tensors
+            a request; chains of 1 to ``max_drafts`` drafts. Windows, soft caps, sinks, packed
+            batches, masks of tokens, numbers in the place of tensors and other rules are other
+            binaries: call those once.
 
     Raises:
         ValueError, TypeError: a size, dtype, device or op that does not exist, by name.
@@ -95,14 +101,15 @@ def warmup(
     unknown = [op for op in names if op not in CALLS]
     if unknown:
         raise ValueError(f"ops: expected names out of {', '.join(CALLS)}, got {unknown[0]!r}")
-    for name, size in (("page_size", page_size), ("max_rows", max_rows)):
+    limits = dict(page_size=page_size, max_rows=max_rows, max_drafts=max_drafts)
+    for name, size in limits.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
     if cache_dtype not in (None, dtype, *FP8):
         raise TypeError(f"cache_dtype: expected None, {dtype} or an fp8 dtype, got {cache_dtype!r}")
     model = _Model(
         *(num_heads, num_kv_heads, head_dim, dtype, vocab_size, device),
-        *(backend, page_size, cache_dtype or dtype, max_rows),
+        *(backend, page_size, cache_dtype or dtype, max_rows, max_drafts),
     )
     with torch.no_grad():
         for op in names:
@@ -122,6 +129,7 @@ class _Model(NamedTuple):
     page_size: int
     cache_dtype: torch.dtype
     max_rows: int
+    max_drafts: int
 
     def q(self, *shape: int) -> Tensor:
         return self.zeros(*(shape or (1, N)), self.num_heads, self.head_dim)
@@ -181,8 +189,20 @@ def _attend(op: Callable[..., Any], m: _Model, *branches: int, **more: Any) -> N
 
 
 def _ranked_attention(m: _Model) -> None:
-    rank = ranks.block_causal(N, 2, device=m.device)
-    ranked_attention(m.q(), m.kv(), m.kv(), q_rank=rank, k_rank=rank)
+    for n in (N, LONG) if m.backend == "triton" else (N,):
+        rank = ranks.block_causal(n, 2, device=m.device)
+        rows: dict[str, Any] = dict(q_rank=rank, k_rank=rank, backend=m.backend)
+        ranked_attention(m.q(1, n), m.kv(1, n), m.kv(1, n), **rows)
+        pages = -(-n // m.page_size)
+        caches = [m.kv(pages, m.page_size).to(m.cache_dtype) for _ in range(2)]
+        if m.cache_dtype in FP8:
+            ones = torch.ones(m.num_kv_heads, device=m.device)
+            rows |= dict(k_scale=ones, v_scale=ones)
+        if m.backend == "triton":
+            table = m.ids([list(range(pages))])
+            ranked_attention(
+                m.q(1, n), *caches, **rows, block_table=table, cache_seqlens=m.ids([n])
+            )
 
 
 def _merge_states(m: _Model) -> None:
@@ -191,18 +211,76 @@ def _merge_states(m: _Model) -> None:
     merge_states(m.q(2, 1, N), lse, backend=m.backend)
 
 
+def _sample(m: _Model, op: Callable[..., Any], *args: Any, **more: Any) -> None:
+    """By its defaults, and in Triton as engines sample: with numbers of each request."""
+    calls: list[dict[str, Any]] = [{}]
+    if m.backend == "triton":
+        warm = dict(temperature=torch.ones(1, device=m.device))
+        share = torch.full((1,), 0.9, device=m.device)
+        calls += [warm, dict(warm, top_k=m.ids([1]), top_p=share)]
+    for numbers in calls:
+        op(*args, **more, **numbers, backend=m.backend)
+
+
+def _chains(m: _Model) -> Iterable[int]:
+    """Numbers of drafts; in Triton one for each power of two that a binary holds."""
+    if m.backend != "triton":
+        return (N - 1,)
+    return {G.bit_length(): G for G in range(1, m.max_drafts + 1)}.values()
+
+
+def _rejection_sample(m: _Model) -> None:
+    for G in _chains(m):
+        for rule in ("token", "block") if m.backend == "triton" else ("token",):
+            chain = m.logits(G + 1), m.tokens(G), m.logits(G)
+            _sample(m, rejection_sample, *chain, rule=rule)
+
+
+def _coupled_accept(m: _Model) -> None:
+    for M in _chains(m):
+        coupled_accept(m.logits(M), m.logits(M), m.tokens(M), ratio=0.5, backend=m.backend)
+
+
+def _rejection_sample_tree(m: _Model) -> None:
+    tree = m.logits(), m.tokens(), m.parents()
+    _sample(m, rejection_sample_tree, *tree, draft_logits=m.logits())
+
+
+def _verify_greedy(m: _Model) -> None:
+    verify_greedy(m.tokens(), m.logits(), parents=m.parents(), backend=m.backend)
+    if m.backend == "triton":  # chains
+        verify_greedy(m.tokens(N - 1), m.logits(), backend=m.backend)
+
+
+def _unmask(m: _Model) -> None:
+    given = dict(mask_id=0, rule="threshold", threshold=0.5)
+    _sample(m, unmask, m.tokens(), m.logits(), **given)
+
+
+def _pack_mask(m: _Model) -> None:
+    for n in (3, N, 16) if m.backend == "triton" else (N,):  # how 16 divides n and n n
+        mask = torch.ones(1, n, n, dtype=torch.bool, device=m.device)
+        trees.pack_mask(mask, backend=m.backend)
+
+
+def _soft_embed(m: _Model) -> None:
+    table = m.zeros(m.vocab_size, 8)
+    soft_embed(m.logits(), table, mask_id=0, top_p=0.9, ratio=0.5, backend=m.backend)
+
+
 def _write_kv(m: _Model) -> None:
     angle = m.zeros(1, N, m.head_dim // 2)
     positions = torch.arange(N, device=m.device)[None]
-    table = m.context()["block_table"]
-    options: dict[str, Any] = dict(positions=positions, block_table=table)
+    options: dict[str, Any] = dict(m.context(), positions=positions, backend=m.backend)
+    del options["cache_seqlens"]
     write_kv(m.kv(), m.kv(), *m.cache(), cos=angle, sin=angle, q=m.q(), **options)
 
 
 def _commit_kv(m: _Model) -> None:
     k_cache, v_cache = m.cache()
     path, num_accepted = m.ids([[0, 2, -1, -1]]), m.ids([1])
-    commit_kv(k_cache[None], v_cache[None], path, num_accepted, **m.context())
+    places = m.context()
+    commit_kv(k_cache[None], v_cache[None], path, num_accepted, **places, backend=m.backend)
 
 
 CALLS: dict[str, Callable[[_Model], Any]] = {
@@ -211,32 +289,36 @@ CALLS: dict[str, Callable[[_Model], Any]] = {
     "branch_attention": lambda m: _attend(branch_attention, m, 2),
     "ranked_attention": _ranked_attention,
     "merge_states": _merge_states,
-    "verify_greedy": lambda m: verify_greedy(m.tokens(), m.logits(), parents=m.parents()),
-    "rejection_sample": lambda m: rejection_sample(m.logits(), m.tokens(N - 1), m.logits(N - 1)),
-    "rejection_sample_tree": lambda m: rejection_sample_tree(
-        m.logits(), m.tokens(), m.parents(), draft_logits=m.logits()
+    "verify_greedy": _verify_greedy,
+    "rejection_sample": _rejection_sample,
+    "rejection_sample_tree": _rejection_sample_tree,
+    "coupled_accept": _coupled_accept,
+    "jacobi_step": lambda m: jacobi_step(m.tokens(), m.tokens(), backend=m.backend),
+    "verify_states": lambda m: verify_states(
+        m.tokens()[:, None], m.tokens()[:, None], mask_id=0, backend=m.backend
     ),
-    "coupled_accept": lambda m: coupled_accept(m.logits(), m.logits(), m.tokens(), ratio=0.5),
-    "jacobi_step": lambda m: jacobi_step(m.tokens(), m.tokens()),
-    "verify_states": lambda m: verify_states(m.tokens()[:, None], m.tokens()[:, None], mask_id=0),
-    "sample_and_score": lambda m: sample_and_score(m.logits()),
-    "unmask": lambda m: unmask(m.tokens(), m.logits(), mask_id=0, rule="threshold", threshold=0.5),
+    "sample_and_score": lambda m: _sample(m, sample_and_score, m.logits()),
+    "unmask": _unmask,
     "commit": lambda m: commit(
-        m.tokens(), m.tokens(), m.scores(), mask_id=0, rule="threshold", threshold=0.5
+        *(m.tokens(), m.tokens(), m.scores()),
+        mask_id=0,
+        rule="threshold",
+        threshold=0.5,
+        backend=m.backend,
     ),
-    "remask": lambda m: remask(m.tokens(), m.scores(), r=1, mask_id=0),
+    "remask": lambda m: remask(m.tokens(), m.scores(), r=1, mask_id=0, backend=m.backend),
     "earn_credit": lambda m: earn_credit(
         m.tokens()[..., None], m.scores()[..., None], m.tokens(), m.scores()
     ),
-    "soft_embed": lambda m: soft_embed(
-        m.logits(), m.zeros(m.vocab_size, 8), mask_id=0, top_p=0.9, ratio=0.5
-    ),
+    "soft_embed": _soft_embed,
     "commit_kv": _commit_kv,
     "write_kv": _write_kv,
-    "pack_mask": lambda m: trees.pack_mask(m.tokens()[:, None].expand(1, N, N) == 0),
-    "mask_from_parents": lambda m: trees.mask_from_parents(m.parents()),
+    "pack_mask": _pack_mask,
+    "mask_from_parents": lambda m: trees.mask_from_parents(m.parents(), backend=m.backend),
     "tree_depths": lambda m: trees.depths(m.parents()),
-    "dynamic_tree": lambda m: trees.dynamic(m.scores(), m.tokens(), m.parents(), num_nodes=3),
+    "dynamic_tree": lambda m: trees.dynamic(
+        m.scores(), m.tokens(), m.parents(), num_nodes=3, backend=m.backend
+    ),
     "tree_from_links": lambda m: trees.from_links(m.parents(), m.parents()),
     "tree_links": lambda m: trees.links(m.parents()),
 }
