@@ -35,7 +35,7 @@ INTERPRETED = (("TRITON_INTERPRET", "1"),)
 TREE_RESIDUALS = "triton_kernels/tree_residuals.py"
 IN_TREE_LAWS = "tests/triton/test_rejection_sample_tree_exact.py"
 IN_TREE_EDGES = "tests/triton/test_rejection_sample_tree_hostile.py"
-COMMIT_KV, WRITE_KV = "triton_kernels/commit_kv.py", "triton_kernels/write_kv.py"
+COMMIT_KV, WRITE_KV = "triton_kernels/commit_kv_kernel.py", "triton_kernels/write_kv_kernel.py"
 IN_COMMIT_KV, IN_WRITE_KV = "tests/triton/test_commit_kv.py", "tests/triton/test_write_kv.py"
 IN_TREES, IN_DECISIONS = "tests/triton/test_trees.py", "tests/triton/test_decisions.py"
 RANKED_PLAN, RANKED_ATTEND = "triton_kernels/ranked_plan.py", "triton_kernels/ranked_attend.py"
@@ -422,7 +422,7 @@ MUTANTS = [
     ),
     Mutant(
         "words as wide as strides allow, wherever the cache begins",
-        COMMIT_KV,
+        "triton_kernels/commit_kv.py",
         "return gcd(most, x.data_ptr(), *(",
         "return gcd(most, *(",
         IN_COMMIT_KV + " -k words",
