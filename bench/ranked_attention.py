@@ -32,18 +32,21 @@ def workload(
     head: int = D,
     cache: torch.dtype | None = None,
     masked: bool = False,
+    odd: bool = False,
 ) -> Workload:
-    """``cache``: the dtype of keys and values; ``masked``: the ranks said once more by a mask."""
+    """``cache``: the dtype of keys and values; ``masked``: the ranks said once more by a mask;
+    ``odd``: strides of q that 16 does not divide."""
     rank = rank_of(kind, N)
     pairs = B * int(torch.searchsorted(rank[0], rank[0], right=True).sum())
     width, width_k = dtype.itemsize, (cache or dtype).itemsize
     name = f"{kind} B={B} N={N} heads={Hq}/{Hkv} D={head}"
     name += f" cache={str(cache).removeprefix('torch.')}" * bool(cache) + " mask" * masked
+    name += " odd" * odd
     return Workload(
         "ranked_attention",
         name,
         dtype,
-        lambda device: make(kind, B, N, Hq, Hkv, dtype, device, head, cache or dtype, masked),
+        lambda device: make(kind, B, N, Hq, Hkv, dtype, device, head, cache or dtype, masked, odd),
         bytes=B * N * head * 2 * (width * Hq + width_k * Hkv) + N * N * masked,
         flops=4 * pairs * Hq * head,
         quick=quick,
@@ -67,8 +70,9 @@ def make(
     head: int,
     cache: torch.dtype,
     masked: bool,
+    odd: bool = False,
 ) -> Inputs:
-    q = torch.randn(B, N, Hq, head, dtype=dtype, device=device)
+    q = torch.randn(B, N, Hq, head + odd, dtype=dtype, device=device)[..., :head]
     k, v = (torch.randn(B, N, Hkv, head, device=device).to(cache) for _ in range(2))
     rank = rank_of(kind, N).to(device)
     ranked: dict[str, Any] = dict(q_rank=rank, k_rank=rank)
@@ -107,4 +111,5 @@ def tuned_by(key: tuple[Any, ...], arch: str | None = None) -> Workload | None:
         head=head,
         cache=torch.float8_e4m3fn if kind == "bytes" else None,
         masked=key[0] == "plan" and bool(key[3]),
+        odd=kind == "odd",
     )

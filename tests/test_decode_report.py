@@ -13,8 +13,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from pydecode.bench import decode_attention, tune
 from pydecode.bench.host_time import without_kernels
 from pydecode.bench.static.launches import Launch, recorded, uncovered
+from pydecode.bench.static.rules import expected
 from pydecode.bench.static.targets import TARGETS
 from pydecode.triton_kernels import decode_attention as kernels
+from pydecode.triton_kernels import ranked_attention
 from pydecode.triton_kernels.decode_combine import clear, combine
 from pydecode.triton_kernels.devices import table_of
 
@@ -111,6 +113,22 @@ def test_the_very_binary_of_a_workload_is_compiled() -> None:
     name = "pydecode.triton_kernels.decode_attention"
     assert not uncovered(launches, TARGETS["sm_90"], name)
     assert uncovered(launches, TARGETS["sm_80"], name)  # whose table has other tiles
+
+
+@pytest.mark.parametrize("module", [kernels, ranked_attention])
+def test_no_small_tile_hides_the_matrix_units(module: Any) -> None:
+    """On sm_90 the rule gets the rows that a call has, not those of a tile."""
+    target, wanted = TARGETS["sm_90"], set()
+    for call in module.static_calls("sm_90"):
+        if call.dtype != torch.bfloat16 or call.m is None:
+            continue
+        if "odd" in call.note:  # an address for each element: tiles of 16
+            assert call.m == 16
+        elif call.configuration[1] >= 64:
+            assert expected(call.dtype, call.m, target).matrix == "HGMMA"
+            assert module.CONFIGURATIONS[call.configuration]["BM"] >= 64
+            wanted.add(call.configuration)
+    assert len(wanted) >= 8
 
 
 def test_tuning_covers_the_table() -> None:

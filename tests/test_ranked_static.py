@@ -25,6 +25,9 @@ def calls():
         yield example(2000, D, FP32)
         scale = empty(8, dtype=FP32)  # [Hkv]
         yield example(5000, D, cache=E4M3, k_scale_tensor=scale, v_scale_tensor=scale)
+        for dtype, cache in ((BF16, None), (BF16, E4M3), (FP32, None)):
+            more = dict(k_scale_tensor=scale, v_scale_tensor=scale) if cache else {}
+            yield example(555, D, dtype, cache=cache, step=3, **more)
     yield example(3000, page_size=16, mask=empty(1, 3000, 64, dtype=torch.int64))
     yield example(300, mask=empty(8, 300, 4096, dtype=torch.bool))
     yield example(1025, packed=True, strict=True, cu_seqlens_q=empty(9))
@@ -63,7 +66,8 @@ for key, own in table.items():
             assert key[0] == "plan" or key[3] != arch
             continue
         (q, k, v), more = workload.make(torch.device("meta"))
-        found = module.key_of(q.dtype, k.dtype == q.dtype, q.shape[-1], q.shape[1], arch)
+        given = q.dtype, k.dtype == q.dtype, q.shape[-1], q.shape[1], arch
+        found = module.key_of(*given, module.single(q, k, v))
         if key[0] == "plan":
             found = ("plan", table[found]["BM"], table[found]["BN"], int("mask" in more))
         assert found == key, (found, key, arch)

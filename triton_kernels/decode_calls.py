@@ -138,7 +138,9 @@ def fits(more: dict[str, Any], key: tuple[Any, ...]) -> bool:
     rich = wide or "window_size" in more or "cache" in more or "odd" in more
     if "odd" in more and key[1] > 16:
         return False
-    return key[4] == "gather" if key[0] == "fp32" else rich == (key[4] == "rich")
+    if key[0] == "fp32":
+        return key[4] == ("rich" if "odd" in more else "gather")
+    return rich == (key[4] == "rich")
 
 
 def calls(arch: str) -> Iterator[StaticCall]:
@@ -175,9 +177,12 @@ def call(
     plan, made = example(dtype, rows or ROWS[m], page=page, arch=arch, **more)
     assert plan.key == key, (plan.key, key)
     sizes = [c.itemsize for c in more.get("cache", (dtype, dtype))]
+    multiplied = entry["BM"]
+    if arch == "sm_90" and "odd" not in more:  # no small tile may hide HMMA there
+        multiplied = (rows or ROWS[m]) * GROUP
     streamed = entry["BN"] * sum(map(int.__mul__, sizes, (more["d"], more.get("dv", more["d"]))))
     return StaticCall(
-        decode, key, made, dtype, entry["BM"], streamed=streamed, aligned="odd" not in more,
+        decode, key, made, dtype, multiplied, streamed=streamed, aligned="odd" not in more,
         note=note,
     )  # fmt: skip
 

@@ -4,8 +4,8 @@ One kernel for tree, block and branch attention. Rows in flight and the query he
 make one M dimension (row-major), so that K and V are read once. A program takes one tile of M and
 one of SPLITS parts of the context, whose boundaries are whole tiles of the request's own length:
 first the context's full tiles without a test, then its edges (start, hole, end, window), then, in
-the last split, the rows in flight under packed bits, half a 64-bit word a tile. With splits a
-second kernel combines the partial results in index order.
+the last split, the rows in flight under packed bits, half a 64-bit word or less a tile. With
+splits a second kernel combines the partial results in index order.
 """
 
 from typing import NamedTuple
@@ -76,7 +76,8 @@ def decode(
         stride_rk_b, stride_rk_c, stride_rk_n, stride_rk_h,
         stride_rv_b, stride_rv_c, stride_rv_n, stride_rv_h,
     ) = strides  # fmt: skip
-    BL: tl.constexpr = 32  # half a word of packed bits a tile: registers are short
+    BL: tl.constexpr = BN if BN < 32 else 32  # no whole word of bits a tile: registers are short
+    TILES: tl.constexpr = 64 // BL  # that a word has
     tile = tl.program_id(0)
     m_tile, tile = tile % m_tiles, tile // m_tiles
     split, tile = tile % S.SPLITS, tile // S.SPLITS
@@ -284,8 +285,8 @@ def decode(
             )  # fmt: skip
         sees = seen[None, :] & valid[:, None]
         if mask is not None:
-            word = tl.load(words + t // 2, mask=valid, other=0) >> (t % 2 * 32)
-            sees = sees & (((word.to(tl.int32)[:, None] >> (o_j % 32)[None, :]) & 1) != 0)
+            word = tl.load(words + t // TILES, mask=valid, other=0) >> (t % TILES * BL)
+            sees = sees & (((word.to(tl.int32)[:, None] >> (o_j % BL)[None, :]) & 1) != 0)
         if S.BRANCHED:
             sees = sees & (c[:, None] == c_j[None, :])
         if causal_of is not None:
@@ -301,7 +302,13 @@ def decode(
     if v_scale is not None and k_rows is None:
         acc = acc * v_factor
 
-    # ---- results
+    # ---- results. Numbers of rows made anew, or registers would hold them all through the loops:
+    # ``anyone`` is 0 or 1, which compilers do not know
+    o_m = (m_tile + (anyone >> 1)) * BM + tl.arange(0, BM)
+    r, head = o_m // S.G, h * S.G + o_m % S.G
+    c, i, token = tl.zeros_like(r), r, row0 + r
+    if S.BRANCHED:
+        c, i = r // branch_length, r % branch_length
     HQ: tl.constexpr = S.HKV * S.G
     o_row = (token * HQ + head).to(tl.int64)
     o_lse = ((b * (rows // branch_length) + c) * HQ + head) * branch_length + i

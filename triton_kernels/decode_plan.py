@@ -31,11 +31,12 @@ def key_of(
 ) -> Key:
     """(dtype's kind, M, head dim, architecture, how). How: "whole" if a tile's keys lie in one
     page, else "gather"; "rich" calls need more registers than the tiles of those two leave.
-    single: what is read by single elements needs an address for each, so its tiles are small."""
+    single: what is read by single elements needs an address for each, so its tiles are small (on
+    sm_90, where 64 rows of halves else mean HGMMA, its halves are left to HMMA)."""
     d = max(power_of_two(d), 64)
     how = "rich" if rich or single else "whole" if page % 64 == 0 else "gather"
     if dtype == torch.float32:
-        return "fp32", 16, d, arch, "gather" if rich or single else how
+        return "fp32", 16, d, arch, "gather" if rich and not single else how
     m = 16 if m <= 16 or single else 64 if m <= 64 or rich else 128
     return "half", m, d, arch, how
 

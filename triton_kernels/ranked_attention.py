@@ -9,9 +9,9 @@ rank is known to the host, so one binary serves causal, block-causal, bidirectio
 A packed batch has total // BM + B tiles of queries at most, however long the longest may be; the
 first kernel finds out whose each of them is.
 
-Strides that 16 bytes do not divide are right and slow: the second kernel then spills on sm_90 with
-halves or fp8 of heads over 64 (108 to 928 bytes) and with fp32 over 128 (16 bytes), which the
-static report does not look at.
+Strides that 16 does not divide are right and slow: each element needs an address of its own, so
+whatever the dtype and however many the queries, tiles are 16 x 16 (the table's "odd"), and on sm_90
+their halves are multiplied by HMMA.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from . import configurations
 from .devices import architecture, on_device_of, table_of
 from .numerics import INTERPRETED
 from .ranked_attend import attend
-from .ranked_layout import FORMS, block_of, dense, fixed_of, layout
+from .ranked_layout import FORMS, block_of, dense, fixed_of, layout, single
 from .ranked_plan import plan
 from .static_call import StaticCall
 
@@ -116,7 +116,7 @@ def launches(
     Nk = k_rank.shape[-1] if cu_seqlens_k is None else max_seqlen_k
     key = key_of(
         *(q.dtype, k.dtype == v.dtype == q.dtype, max(shape[-1], v.shape[-1])),
-        *(None if packed else Nq, arch),
+        *(None if packed else Nq, arch, single(q, k, v)),
     )
     entry = CONFIGURATIONS[key]
     fixed = fixed_of(
@@ -170,13 +170,15 @@ def launches(
 
 @cache
 def key_of(
-    dtype: torch.dtype, same: bool, head: int, queries: int | None, arch: str
+    dtype: torch.dtype, same: bool, head: int, queries: int | None, arch: str, odd: bool = False
 ) -> tuple[str, int, int, str]:
     """The table's key: dtypes (``same``: of the cache, too), queries in a tile, head dims, device.
 
     Nothing of the batch: the longest request of a packed one does not count (None).
+    ``odd``: read by single elements, see ``ranked_layout.single``.
     """
     kind = "single" if dtype == torch.float32 else "half" if same else "bytes"
+    kind = "odd" if odd else kind
     head = max(64, block_of(head))
     rows = sorted(k[1] for k in CONFIGURATIONS if (k[0], *k[2:]) == (kind, head, arch))
     if not rows:
@@ -225,7 +227,9 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
                     seen.add(how)
                     yield StaticCall(plan, key, arguments, torch.int32, note=note)
             elif both:
-                BM = CONFIGURATIONS[key]["BM"]
+                m = CONFIGURATIONS[key]["BM"]
+                if arch == "sm_90" and key[0] != "odd":  # no small tile may hide HMMA there
+                    m = x["max_seqlen_q"] or x["q"].shape[1]
                 yield StaticCall(
-                    attend, key, arguments, x["q"].dtype, BM, aligned=aligned, note=note
+                    attend, key, arguments, x["q"].dtype, m, aligned=aligned, note=note
                 )

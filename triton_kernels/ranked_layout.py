@@ -176,6 +176,18 @@ def dense(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(0) == 1 else x.contiguous()
 
 
+def single(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether one of them is read by single elements: Triton asks 16 bytes of its address and 16
+    elements of its strides."""
+    at = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    return at % 16 != 0 or _odd(q.stride(), k.stride(), v.stride())
+
+
+@lru_cache(maxsize=256)
+def _odd(*strides: tuple[int, ...]) -> bool:
+    return any(s % 16 for x in strides for s in x[:-1])
+
+
 def by_row(x: Layout) -> tuple[int, int]:
     """Strides of [B|1, N, ...], or of packed [total]."""
     if x is None:

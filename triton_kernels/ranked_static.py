@@ -1,6 +1,7 @@
 """Calls of ranked attention for the static report, on tensors without memory."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -67,17 +68,17 @@ def example(
     return call | more
 
 
-def variants(N: int, D: int, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
+def variants(N: int, D: int, kind: str, step: int = 0) -> Iterator[tuple[dict[str, Any], str]]:
     """For one entry of the table: a plain call, and those that need the most registers."""
     dtype, other, cache = {
         "half": (BF16, FP16, None),
         "bytes": (BF16, FP16, E4M3),
         "single": (FP32, FP32, None),
     }[kind]
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = dict(step=step)
     if cache:
         scale = empty(B, HKV, dtype=FP32)
-        more = dict(cache=cache, k_scale_tensor=scale, v_scale_tensor=scale)
+        more |= dict(cache=cache, k_scale_tensor=scale, v_scale_tensor=scale)
     yield example(N, D, dtype, **more), f"N={N}"
     packed = N > 1024
     positions = empty(B * N) if packed else empty(B, N)
@@ -94,14 +95,19 @@ SIZES = {"half": (64, 4096), "bytes": (4096,), "single": (4096,)}
 
 def examples(whole: bool = True) -> Iterator[tuple[dict[str, Any], bool, str]]:
     """Arguments, whether 16 bytes can be read at once, and a note: every entry with a plain call
-    and another one, other ones in turn; all for heads of 128. Not ``whole``: of a target that reads
-    another one's table, every entry once.
+    and another one, other ones in turn; all for heads of 128. So, too, odd strides of all dtypes.
+    Not ``whole``: of a target that reads another one's table, every entry once.
     """
     for turn, (kind, D, N) in enumerate(entries(), 1):
         plain, *others = variants(N, D, kind)
         one = others[(turn + D // 128) % 3 :][:1]
         for call, note in [plain, *(others if D == 128 else one)] if whole else one:
             yield call, True, f"{kind} D={D} {note}"
+    for turn, (D, kind) in enumerate(product((64, 128, 256), ("half", "bytes", "single"))):
+        plain, *others = variants(4096, D, kind, step=1)
+        another = others[(turn + turn // 3) % 3]  # each head dim meets all three, and each dtype
+        for call, note in [plain, another] if whole else [another]:
+            yield call, False, f"odd strides, {kind} D={D} {note}"
     if not whole:
         return
     yield example(mask=empty(B, 4096, S, dtype=torch.bool)), True, "bool"
@@ -113,8 +119,6 @@ def examples(whole: bool = True) -> Iterator[tuple[dict[str, Any], bool, str]]:
     yield example(D=80), True, "D=80"
     yield example(D=192, Dv=128), True, "D=192 Dv=128"
     yield example(D=64, cache=E5M2, packed=True), True, "e5m2 packed"
-    yield example(D=64, step=1), False, "odd stride"
-    yield example(D=128, dtype=FP32, step=1), False, "fp32 odd stride"
 
 
 def entries() -> Iterator[tuple[str, int, int]]:

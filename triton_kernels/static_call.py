@@ -20,7 +20,8 @@ class StaticCall(NamedTuple):
                     calls. Tensors are stand-ins: ``torch.empty(..., device="meta")`` has real
                     strides, and a slice of it a real offset, at no cost
     dtype:          what the dots multiply, or what is streamed where there is none
-    m:              rows of the tile that a ``tl.dot`` multiplies (BLOCK_M); None: no dot
+    m:              rows that a ``tl.dot`` is to multiply: the tile's (BLOCK_M), or the call's where
+                    no tile may be too small for the matrix units; None: no dot
     stages:         loads in flight; None: num_stages where there is a dot, else 1 (not pipelined)
     streamed:       bytes that one turn of the main loop reads in rows of 16 bytes and more
     aligned:        False: pointers or strides so odd that 16 bytes at once cannot be read

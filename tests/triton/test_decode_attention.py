@@ -134,9 +134,10 @@ def test_many_tiles_and_splits(op: str) -> None:
 
 
 @pytest.mark.parametrize("N", [63, 64, 65])  # around the words of a packed mask
-def test_packed_masks(N: int) -> None:
+@pytest.mark.parametrize("D", [16, 208])  # tiles of half a word, and of a quarter
+def test_packed_masks(N: int, D: int) -> None:
     trees = torch.stack([tree_mask(random_parents(N)) for _ in range(2)])
-    args, kwargs = make(TREE, 2, N, 1, 1, 16, 16, dtype=FP32, page_size=3, window_size=9)
+    args, kwargs = make(TREE, 2, N, 1, 1, D, 16, dtype=FP32, page_size=3, window_size=9)
     verify(TREE, args, kwargs | {"mask": pack_bits(trees)}, "triton")
 
 

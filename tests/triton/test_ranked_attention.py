@@ -1,10 +1,12 @@
 """Ranked attention in Triton, interpreted, against the oracle's loops."""
 
+import functools
 from typing import Any
 
+import attention_calls
 import pytest
 import torch
-from attention_calls import cumulative, make, packed
+from attention_calls import cumulative, packed
 from oracle_attention import PAD, verify
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from pydecode import ranks
 from pydecode.trees.masks import pack_bits
 
 OP = "ranked_attention"
+# heads of 8 would all have the small tiles of odd strides
+make = functools.partial(attention_calls.make, Dv=16)
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -46,7 +50,7 @@ SIZES = [
 def test_sizes(size: Any) -> None:
     N, Hq, Hkv, D, Dv, page_size, dtype = size
     more = dict(dtype=dtype, page_size=page_size, pages=max(1, 80 // page_size))
-    verify(OP, *make(OP, 2, N, Hq, Hkv, D, Dv, **more), "triton")
+    verify(OP, *make(OP, 2, N, Hq, Hkv, D, Dv=Dv, **more), "triton")
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -109,7 +113,7 @@ RANKS = {
 def test_tiles(kind: str, window: int | None) -> None:
     N = 100
     args, kwargs = make(
-        *(OP, 1, N, 1, 1, 16, 16), paged=False, dtype=FP32, page_size=N, pages=1, window_size=window
+        *(OP, 1, N, 1, 1), paged=False, dtype=FP32, page_size=N, pages=1, window_size=window
     )
     rank = RANKS[kind](N)
     kwargs |= dict(q_rank=rank, k_rank=rank, cache_seqlens=torch.tensor([N - 3]))
@@ -243,7 +247,7 @@ def test_a_packed_request_does_not_see_the_longest() -> None:
 
 def test_out_is_written_whole() -> None:
     args, kwargs = make(OP, dtype=FP32, num_tokens=torch.tensor([5, 0, 2]))
-    out = torch.full((3, 5, 4, 8), torch.nan)
+    out = torch.full((3, 5, 4, 16), torch.nan)
     got = pydecode.ranked_attention(*args, **kwargs, out=out, backend="triton")
     assert got is out
     assert torch.equal(out, call(args, kwargs)[0])
