@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], int]] = {
         (logits(),),
         dict(seed=SEEDS, temperature=EACH, top_k=5, top_p=EACH, min_p=0.1, tempered=True,
              confidence="neg_entropy"),
-        2,
+        3,
     ),
     "unmask": (
         pydecode.unmask,
@@ -70,7 +70,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], int]] = {
         (TOKENS, logits()),
         dict(mask_id=3, rule="prefix", seed=SEEDS, temperature=EACH, top_k=5, top_p=EACH, min_p=0.1,
              tempered=True, confidence="neg_entropy"),
-        2,
+        3,
     ),
     "commit": (
         pydecode.commit, (TOKENS, TOKENS + 1, torch.rand(B, L)), dict(mask_id=3, rule="factor"), 1
@@ -92,7 +92,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], int]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_launches(name: str) -> None:
-    """One read of the logits and one decision; thresholds of embeddings are a third."""
+    """One read of the logits and one decision; between them one for the thresholds of filters."""
     op, args, kwargs, count = CALLS[name]
     assert len(launched(op, *args, **kwargs)) == count
 

@@ -1,7 +1,7 @@
 """Works out a verification's laws: chunks' numbers in one read, filters' thresholds in another.
 
-Launches: ``chunk_laws``, with top-k, top-p or min-p ``row_floors``, with a reduced vocabulary
-``index_vocab``. See ``law_rows``.
+Launches: ``chunk_laws``, with top-k, top-p or min-p ``law_floors.row_floors``, with a reduced
+vocabulary ``index_vocab``. See ``law_rows``.
 """
 
 from collections.abc import Iterator
@@ -14,39 +14,47 @@ from torch import Tensor
 
 from . import configurations
 from .devices import architecture, table_of
+from .histograms import leave_counts
+from .law_floors import row_floors
 from .law_rows import (
     CHUNK,
     LawRows,
     Numbers,
     Pair,
-    chunk_weights,
     law_rows,
-    least_of,
     numbers_of,
     pair,
     place,
     raw_chunk,
-    read_law,
     row_bits,
     temperature_of,
 )
 from .numerics import power_of_two
 from .static_call import StaticCall
-from .thresholds import filters
-from .vocabulary import Edits, chunks_a_program, leave, number, scale_of, top_of, weights
+from .supports import chunks_to_narrow, counts_of, row_scratch
+from .thresholds import sought
+from .vocabulary import chunks_a_program, leave, number, scale_of, top_of, weights
 
 CONFIGURATIONS = configurations.load("law_prepare")
 
 
 @triton.jit
 def row_chunks(law, numbers, at, count, count_of, stride_count, more, per, CHUNK: tl.constexpr):
-    """Each chunk's top, sum and argmax, of row ``at`` where i < count[b] + more."""
+    """Each chunk's top, sum and argmax, and with top-k or top-p its histogram, of row ``at`` where
+    i < count[b] + more."""
     b, i = at // law.R, at % law.R
     limit = tl.maximum(number(count, count_of, stride_count, b), 0) + more
     at, row, _present, inside = place(law, b, i)
     if inside & (i < limit):
         bits = row_bits(law, b, i)
-        scale = scale_of(temperature_of(numbers, b))
+        temperature = temperature_of(numbers, b)
+        scale = scale_of(temperature)
+        if law.floors is not None:
+            own = row_scratch(law.search, at)
+            k, share = sought(numbers, b, law.V)
+            searched = ((k > 0) | (share < 1)) & (temperature > 0)
+            if tl.program_id(1) == 0:
+                tl.store(own, 0)
         first = tl.program_id(1) * per
         for c in range(first, tl.minimum(first + per, law.C)):
             x = raw_chunk(law, row, bits, c * CHUNK, CHUNK)
@@ -58,6 +66,9 @@ def row_chunks(law, numbers, at, count, count_of, stride_count, more, per, CHUNK
                 top, best = top_of(x, c * CHUNK, CHUNK)
                 total = tl.sum(weights(x, top, scale), 0)
             leave(law.stats + at * 3 * law.C, c, law.C, top, total, best)
+            if law.floors is not None:  # noqa: SIM102 (known at compile time)
+                if searched:
+                    leave_counts(counts_of(own, law.C, c), x, top)
 
 
 @triton.jit(do_not_specialize=["rows", "per", "count"])
@@ -83,62 +94,6 @@ def chunk_laws(
             row_chunks(
                 draft, draft_numbers, at - rows, count, count_of, stride_count, draft_more,
                 per, CHUNK,
-            )  # fmt: skip
-
-
-@triton.jit
-def row_floor(
-    law, numbers, at, count, count_of, stride_count, more,
-    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Thresholds of top-k and top-p, and what all filters leave of Z, of row ``at``."""
-    b, i = at // law.R, at % law.R
-    limit = tl.maximum(number(count, count_of, stride_count, b), 0) + more
-    at, row, _present, inside = place(law, b, i)
-    temperature = temperature_of(numbers, b)
-    if inside & (i < limit):
-        bits = row_bits(law, b, i)
-        scale = scale_of(temperature)
-        top, Z, _best, good = read_law(law, at, scale, BLOCK_C)
-        floor = tl.full([], float("-inf"), tl.float32)
-        mass = Z
-        if good & (temperature > 0):  # greedy requests have no use for thresholds
-            top_k, top_p = None, None
-            if numbers.top_k is not None:
-                top_k = number(numbers.top_k, numbers.top_k_of, numbers.stride_top_k, b)
-            if numbers.top_p is not None:
-                top_p = number(numbers.top_p, numbers.top_p_of, numbers.stride_top_p, b)
-            floor = filters(
-                row, Edits(law.allowed, bits), law.V, top, scale, Z, top_k, top_p, False
-            )
-            least = least_of(numbers, b)
-            mass = tl.full([], 0.0, tl.float32)
-            for c in range(law.C):
-                mass += tl.sum(
-                    chunk_weights(law, row, bits, c * CHUNK, top, scale, floor, least, -1, CHUNK),
-                    0,
-                )
-        tl.store(law.floors + 2 * at, floor)
-        tl.store(law.floors + 2 * at + 1, mass)
-
-
-@triton.jit(do_not_specialize=["rows", "count"])
-def row_floors(
-    law, numbers, more, draft, draft_numbers, draft_more, count, count_of, stride_count, rows,
-    HAS_DRAFT: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
-    DRAFT_BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """``row_floor`` of the rows of one law or two, a row a program."""
-    at = tl.program_id(0)
-    if not HAS_DRAFT:  # up to Triton 3.6 a tuple with a None may not be compared with None
-        row_floor(law, numbers, at, count, count_of, stride_count, more, CHUNK, BLOCK_C)
-    else:
-        if at < rows:
-            row_floor(law, numbers, at, count, count_of, stride_count, more, CHUNK, BLOCK_C)
-        else:
-            row_floor(
-                draft, draft_numbers, at - rows, count, count_of, stride_count, draft_more,
-                CHUNK, DRAFT_BLOCK_C,
             )  # fmt: skip
 
 
@@ -202,9 +157,11 @@ def prepare(
             DRAFT_BLOCK_C=power_of_two(chunks),
             HAS_DRAFT=second["draft"] is not None,
         )
-        row_floors[(all_rows,)](
-            **first, **second, **counts, rows=rows, **blocks, **CONFIGURATIONS[("floors", arch)]
-        )
+        per = chunks_to_narrow(all_rows, chunks)
+        row_floors[(all_rows, -(-chunks // per))](
+            **first, **second, **counts, rows=rows, per=per, **blocks,
+            **CONFIGURATIONS[("floors", arch)],
+        )  # fmt: skip
 
 
 def prepare_vocab(law: LawRows) -> None:
@@ -289,6 +246,7 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
             blocks = dict(
                 BLOCK_C=power_of_two(first["law"].C),
                 DRAFT_BLOCK_C=power_of_two(max(first["law"].C, draft.C if draft else 0)),
+                per=1,
             )
             yield StaticCall(row_floors, ("floors", table), dict(given, **blocks), dtype, **rows)
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .numerics import LN2
+from .supports import scratch_of
 from .vocabulary import (
     INFINITY,
     NO_TOKEN,
@@ -59,6 +60,7 @@ class LawRows(NamedTuple):
     stride_allowed_b: Any
     stride_allowed_r: Any
     PROBS: Any
+    search: Any = None  # ``supports.Scratch`` of the filters
 
 
 class Numbers(NamedTuple):
@@ -321,9 +323,10 @@ def law_rows(
         vocab, target_C = vocab.contiguous(), -(-target_vocab // CHUNK)
         firsts = torch.empty(target_C + 2, dtype=torch.int32, device=x.device)
     stats = torch.empty((batch * rows, 3, C), dtype=torch.float32, device=x.device)
-    floors = None
+    floors = search = None
     if filtered and logits is not None:
         floors = torch.empty((batch * rows, 2), dtype=torch.float32, device=x.device)
+        search = scratch_of(batch * rows, C, x.device)
     return LawRows(
         x,
         index,
@@ -342,4 +345,5 @@ def law_rows(
         *((0, 0) if index is None else index.stride()),
         *((0, 0) if allowed is None else allowed.stride()[:2]),
         tl.constexpr(logits is None),
+        search,
     )

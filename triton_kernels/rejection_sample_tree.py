@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from . import configurations, law_prepare
@@ -17,6 +18,7 @@ from .law_prepare import describe, prepare, prepare_vocab
 from .law_rows import CHUNK, LawRows, Numbers, Pair, is_filtered, law_rows, numbers_of, pair
 from .numerics import power_of_two
 from .static_call import StaticCall
+from .supports import scratch_of
 from .traversal import NUMBERS, row_numbers
 from .traversal import leaf_first as leaf_first_kernel
 from .tree_residuals import FIELDS, Tree
@@ -100,6 +102,9 @@ def rejection_sample_tree(
             *(draft_logits, draft_probs, draft_row_index, None, B, T),
             *(leaf_first and is_filtered(q_numbers), draft_vocab, p.V),
         )
+    arch = architecture(draft_tokens)
+    if not leaf_first:
+        p, q = searched(p, p_numbers, B, arch), searched(q, q_numbers, B, arch)
 
     count = num_drafts, num_drafts_tensor
     arguments = shared_arguments(
@@ -107,7 +112,6 @@ def rejection_sample_tree(
         *(draws_of(seed_tensor, offset_tensor, positions_tensor, uniforms), outputs),
         *(max_depth, seed, offset, positions),
     )
-    arch = architecture(draft_tokens)
     with on_device_of(draft_tokens):
         if q is not None and leaf_first:
             prepare(p, p_numbers, B, count, 1, q, q_numbers, 1)
@@ -122,6 +126,15 @@ def rejection_sample_tree(
             arguments = walk_arguments(arguments, rule, threshold_single, threshold_acc)
             walk[(B,)](**arguments, **CONFIGURATIONS[walk_key(arch, arguments)])
     return outputs.tokens, outputs.num_accepted, outputs.path, logprobs
+
+
+def searched(law: LawRows | None, numbers: Numbers, batch: int, arch: str) -> LawRows | None:
+    """With the scratch in which a walk, one row after another, finds what filters keep."""
+    if law is None or not is_filtered(numbers):
+        return law
+    search = scratch_of(batch, law.C, law.x.device)
+    # gfx942 has registers enough, and calls cost it a stack
+    return law._replace(search=search._replace(apart=tl.constexpr(arch != "gfx942")))
 
 
 def shared_arguments(
@@ -162,8 +175,8 @@ def walk_arguments(
     p, q = shared["p"], shared["q"]
     return dict(
         shared,
-        p=p._replace(stats=None),
-        q=None if q is None else q._replace(stats=None),
+        p=p._replace(stats=None, floors=None),
+        q=None if q is None else q._replace(stats=None, floors=None),
         threshold_single=float(threshold_single),
         threshold_acc=float(threshold_acc),
         RULE=rule,
@@ -192,8 +205,8 @@ def leaf_first_arguments(shared: dict[str, Any], rows: Tensor, rule: str) -> dic
     p, q = shared["p"], shared["q"]
     return dict(
         shared,
-        p=p._replace(stats=None, floors=None),
-        q=q._replace(stats=None, floors=None),
+        p=p._replace(stats=None, floors=None, search=None),
+        q=q._replace(stats=None, floors=None, search=None),
         rows=rows,
         WITHOUT=rule == "traversal_without_replacement",
         ROUNDS=shared["BLOCK_T"].bit_length() - 1,
@@ -272,5 +285,7 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
             given = number_arguments(shared, rows)
             yield StaticCall(row_numbers, ("numbers",), given, dtype, note=note)
         else:
+            for law in ("p", "q"):
+                shared[law] = searched(shared[law], shared[law + "_numbers"], 8, arch)
             given = walk_arguments(shared, rule, 1.0, 1.0)
             yield StaticCall(walk, walk_key(arch, given), given, dtype, **more)

@@ -13,7 +13,8 @@ from .commit_orders import NAMES
 from .commit_rules import rule_of
 from .devices import table_of
 from .row_chunks import CHUNK, CONFIGURATIONS, row_chunks
-from .row_launches import RowCall, chunk_arguments
+from .row_launches import RowCall, chunk_arguments, support_arguments
+from .row_supports import row_supports
 from .sample_and_score import call_of, choice_arguments, row_choices
 from .soft_embed import embed_call
 from .static_call import StaticCall
@@ -22,7 +23,14 @@ from .unmask import lines_of, unmask_arguments, unmask_call, unmask_rows
 B, L, V = 8, 32, 128256
 META = torch.device("meta")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-__all__ = ["CONFIGURATIONS", "row_choices", "row_chunks", "static_calls", "unmask_rows"]
+__all__ = [
+    "CONFIGURATIONS",
+    "row_choices",
+    "row_chunks",
+    "row_supports",
+    "static_calls",
+    "unmask_rows",
+]
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
@@ -76,7 +84,7 @@ def any_calls() -> Iterator[StaticCall]:
     yield from sample_calls(BF16, "odd stride", dict(temperature=1.0), odd=True)
     for dtype in (BF16, FP32):
         call = embed_call(empty(B, L, V, dtype=dtype), B * L, 0.9, None)
-        yield chunks(call, dtype, None, f"{str(dtype).removeprefix('torch.')} soft_embed")
+        yield from reads(call, dtype, None, f"{str(dtype).removeprefix('torch.')} soft_embed")
     options = list(examples().values())
     for number, rule in enumerate(NAMES):
         yield from unmask_static(BF16, rule, options[number % len(options)])
@@ -97,7 +105,7 @@ def sample_calls(
     logits = empty(*shape, V + odd, dtype=dtype)[..., :V]
     call = call_of(logits, row_index, probs, B * L, *sampling(**given))
     note = f"{str(dtype).removeprefix('torch.')} {name}"
-    yield chunks(call, dtype, None, note, odd)
+    yield from reads(call, dtype, None, note, odd)
     results = empty(B, L, dtype=torch.int64), empty(B, L), empty(B, L)
     yield StaticCall(
         row_choices,
@@ -110,19 +118,21 @@ def sample_calls(
     )
 
 
-def chunks(
+def reads(
     call: RowCall, dtype: torch.dtype, finished: Tensor | None, note: str, odd: bool = False
-) -> StaticCall:
-    made = chunk_arguments(call, finished, 1)
-    bytes_ = CHUNK * dtype.itemsize
-    return StaticCall(
-        row_chunks, ("chunks",), made, dtype, streamed=bytes_, aligned=not odd, note=note
-    )
+) -> Iterator[StaticCall]:
+    """All that comes before the decisions."""
+    more: dict[str, Any] = dict(streamed=CHUNK * dtype.itemsize, aligned=not odd, note=note)
+    yield StaticCall(row_chunks, ("chunks",), chunk_arguments(call, finished, 1), dtype, **more)
+    if call.search is not None:
+        yield StaticCall(row_supports, ("supports",), support_arguments(call, 1), dtype, **more)
 
 
 def reread(call: RowCall, dtype: torch.dtype) -> int:
     """Bytes of the chunk that a drawn token lies in; nothing is drawn from the others."""
-    return CHUNK * dtype.itemsize if call.options["SAMPLER"] == 1 or call.key == "filtered" else 0
+    energy = call.options["CONFIDENCE"] == 2 and call.options["TEMPERED"]
+    again = call.key == "filtered" and (energy or call.options["SAMPLER"] == 2)
+    return CHUNK * dtype.itemsize if call.options["SAMPLER"] == 1 or again else 0
 
 
 def unmask_static(dtype: torch.dtype, rule: str, given: dict[str, Any]) -> Iterator[StaticCall]:
@@ -136,7 +146,7 @@ def unmask_static(dtype: torch.dtype, rule: str, given: dict[str, Any]) -> Itera
     results = results_of(*made, empty(B, L, dtype=torch.int64), rule)
     finished = empty(B, dtype=torch.int32)
     note = f"{str(dtype).removeprefix('torch.')} {rule}"
-    yield chunks(call, dtype, finished, note)
+    yield from reads(call, dtype, finished, note)
     yield StaticCall(
         unmask_rows,
         ("unmask", call.key),

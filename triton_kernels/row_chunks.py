@@ -8,10 +8,13 @@ import triton
 import triton.language as tl
 
 from . import configurations
+from .histograms import leave_counts
 from .law_rows import temperature_of
 from .numerics import LOG2E
 from .philox import DRAFT, chunk_gumbel
 from .rows import edits_at, locate, offset_of, position_of, row_at, seed_of
+from .supports import counts_of, row_scratch
+from .thresholds import sought
 from .vocabulary import (
     INFINITY,
     LARGEST,
@@ -56,6 +59,7 @@ def row_chunks(
     numbers,
     keys,
     stats,
+    search,
     finished,
     per,
     HAS_TEMPERED: tl.constexpr,
@@ -67,7 +71,8 @@ def row_chunks(
     CHUNK: tl.constexpr,
 ):
     """Numbers of ``per`` chunks of result program_id(0)'s row. ``finished``: None, or [B] counters
-    of the next launch, which are set to 0."""
+    of the last launch, which are set to 0; ``search``: None, or where ``row_supports`` finds its
+    counters, set to 0, and the chunks' histograms."""
     r = tl.program_id(0)
     b, i, _inside, line, read = locate(rows, place, r)
     if finished is not None:  # noqa: SIM102
@@ -83,6 +88,12 @@ def row_chunks(
         )  # fmt: skip
         temperature = temperature_of(numbers, b)
         scale = scale_of(temperature)
+        if search is not None:
+            words = row_scratch(search, r)
+            k, share = sought(numbers, b, rows.V)
+            searched = ((k > 0) | (share < 1)) & (temperature >= 0)
+            if tl.program_id(1) == 0:
+                tl.store(words, 0)
         line_stats = stats + r.to(tl.int64) * FIELDS * rows.C
         first = tl.program_id(1) * per
         for c in range(first, tl.minimum(first + per, rows.C)):
@@ -91,6 +102,9 @@ def row_chunks(
             top, best = top_of(x, start, CHUNK)
             e = weights(x, top, LOG2E)
             leave(line_stats, c, rows.C, top, tl.sum(e, 0), best)
+            if search is not None:  # noqa: SIM102 (known at compile time)
+                if searched:
+                    leave_counts(counts_of(words, rows.C, c), x, top)
             own = line_stats + c
             if HAS_SECOND:
                 at = start + tl.arange(0, CHUNK)

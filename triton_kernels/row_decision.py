@@ -18,7 +18,7 @@ from .row_chunks import (
     perturbed,
 )
 from .rows import entry, offset_of, position_of, seed_of
-from .thresholds import filters
+from .supports import FLOOR, KEPT, field_of, row_scratch, surviving
 from .vocabulary import (
     INFINITY,
     NO_TOKEN,
@@ -27,7 +27,6 @@ from .vocabulary import (
     chunk_numbers,
     crossing,
     drawn,
-    number,
     rescale,
     row_of,
     scale_of,
@@ -66,6 +65,7 @@ def decide(
     numbers,
     keys,
     stats,
+    search,
     row,
     changes,
     begin,
@@ -82,7 +82,10 @@ def decide(
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(token, confidence, lse, whether the row has a law) of a row that was read."""
+    """(token, confidence, lse, whether the row has a law) of a row that was read.
+
+    Filters with Gumbel noise or a tempered entropy read once more the chunks that keep something.
+    """
     C, V = rows.C, rows.V
     edits = Edits(
         changes.allowed, begin[0], changes.bias_ids, begin[1], changes.bias, begin[2],
@@ -114,28 +117,27 @@ def decide(
             if TEMPERED:
                 needed = temperature >= 0
             if needed:
-                top_k, top_p = None, None
-                if numbers.top_k is not None:
-                    top_k = number(numbers.top_k, numbers.top_k_of, numbers.stride_top_k, b)
-                if numbers.top_p is not None:
-                    top_p = number(numbers.top_p, numbers.top_p_of, numbers.stride_top_p, b)
-                left = tl.sum(masses, 0)
-                floor = filters(row, edits, V, top, scale, left, top_k, top_p, JOINT)
+                own = row_scratch(search, r)
+                masses = tl.load(field_of(own, C, KEPT) + o_c, mask=o_c < C, other=0.0)
+                floor = tl.load(own.to(tl.pointer_type(tl.float32)) + FLOOR)
                 least = least_of(numbers, b)
-                largest = tl.full([], float("-inf"), tl.float32)
-                for c in range(C):
-                    x = admitted(row, edits, c * CHUNK, V, CHUNK)
-                    e = surviving(x, top, scale, floor, least)
-                    masses = tl.where(o_c == c, tl.sum(e, 0), masses)
-                    if TEMPERED and CONFIDENCE == NEG_ENTROPY:
-                        energy += energy_of(x, e, top, scale)
-                    if SAMPLER == GUMBEL:
-                        noise = chunk_gumbel(DRAFT, seed, offset, position, c * CHUNK, CHUNK)
-                        x = tl.where(e > 0, x, -INFINITY)
-                        value, at = noisiest(x, top, temperature, noise, c * CHUNK, CHUNK)
-                        if temperature > 0:
-                            token = tl.where(value > largest, at, token)
-                            largest = tl.maximum(largest, value)
+                if SAMPLER == GUMBEL or (TEMPERED and CONFIDENCE == NEG_ENTROPY):
+                    largest = tl.full([], float("-inf"), tl.float32)
+                    for c in range(C):
+                        if tl.max(tl.where(o_c == c, masses, 0.0), 0) > 0:
+                            x = admitted(row, edits, c * CHUNK, V, CHUNK)
+                            e = surviving(x, top, scale, floor, least)
+                            if TEMPERED and CONFIDENCE == NEG_ENTROPY:
+                                energy += energy_of(x, e, top, scale)
+                            if SAMPLER == GUMBEL:
+                                noise = chunk_gumbel(
+                                    DRAFT, seed, offset, position, c * CHUNK, CHUNK
+                                )
+                                x = tl.where(e > 0, x, -INFINITY)
+                                value, at = noisiest(x, top, temperature, noise, c * CHUNK, CHUNK)
+                                if temperature > 0:
+                                    token = tl.where(value > largest, at, token)
+                                    largest = tl.maximum(largest, value)
         left = tl.sum(masses, 0)
 
         # the token
@@ -178,14 +180,6 @@ def decide(
             index = tl.zeros([], tl.int64)
             confidence = uniform(RANDOM_CONFIDENCE, seed, offset, position, index)
     return token, confidence, lse, good
-
-
-@triton.jit
-def surviving(x, top, scale, floor, least):
-    """e(v) of what all filters leave."""
-    e = weights(x, top, scale)
-    e = tl.where(x >= floor, e, 0.0)
-    return tl.where(e >= least, e, 0.0)
 
 
 @triton.jit

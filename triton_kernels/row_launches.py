@@ -10,7 +10,9 @@ from .law_rows import Numbers, is_filtered, numbers_of
 from .numerics import power_of_two
 from .row_chunks import CHUNK, CONFIGURATIONS, FIELDS, row_chunks
 from .row_decision import CONFIDENCES, SAMPLERS
+from .row_supports import row_supports
 from .rows import Changes, Keys, Place, Rows, changes_of, keys_of, per_request
+from .supports import Scratch, chunks_to_narrow, scratch_of
 from .vocabulary import chunks_a_program
 
 
@@ -23,6 +25,7 @@ class RowCall(NamedTuple):
     numbers: Numbers
     keys: Keys
     stats: Tensor
+    search: Scratch | None  # of the filters
     chunk_options: dict[str, Any]  # of ``row_chunks``
     options: dict[str, Any]  # of the second launch
     key: str  # of its configuration
@@ -81,6 +84,7 @@ def row_call(
         numbers,
         keys_of(seed, seed_tensor, offset, offset_tensor, positions, uniforms),
         torch.empty(count * FIELDS.value * rows.C + extra, dtype=torch.float32, device=device),
+        scratch_of(count, rows.C, device) if filtered else None,
         dict(
             common,
             HAS_SECOND=confidence == "margin",
@@ -102,11 +106,18 @@ def row_call(
 
 
 def launch_chunks(call: RowCall, count: int, finished: Tensor | None) -> None:
+    """All that comes before the decisions: one launch, two with filters."""
     per = chunks_a_program(count, call.rows.C)
     row_chunks[(count, -(-call.rows.C // per))](
         **chunk_arguments(call, finished, per),
         **CONFIGURATIONS[("chunks", architecture(call.rows.x))],
     )
+    if call.search is not None:
+        per = chunks_to_narrow(count, call.rows.C)
+        row_supports[(count, -(-call.rows.C // per))](
+            **support_arguments(call, per),
+            **CONFIGURATIONS[("supports", architecture(call.rows.x))],
+        )
 
 
 def chunk_arguments(call: RowCall, finished: Tensor | None, per: int) -> dict[str, Any]:
@@ -117,9 +128,24 @@ def chunk_arguments(call: RowCall, finished: Tensor | None, per: int) -> dict[st
         numbers=call.numbers,
         keys=call.keys,
         stats=call.stats,
+        search=call.search,
         finished=finished,
         per=per,
         **call.chunk_options,
+    )
+
+
+def support_arguments(call: RowCall, per: int) -> dict[str, Any]:
+    names = ("TEMPERED", "JOINT", "HAS_TEMPERED", "BLOCK_C")
+    return dict(
+        rows=call.rows,
+        place=call.place,
+        changes=call.changes,
+        numbers=call.numbers,
+        stats=call.stats,
+        search=call.search,
+        per=per,
+        **{name: call.options[name] for name in names},
     )
 
 

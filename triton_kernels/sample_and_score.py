@@ -1,8 +1,8 @@
 """Sampling and scoring rows in two launches: one read of the logits, and a decision a row.
 
 ``row_chunks`` leaves a few numbers a chunk; ``row_choices`` combines them and, where a token is
-drawn, reads the one chunk again that it lies in. Filters search their thresholds in the second
-launch, one row a program.
+drawn, reads the one chunk again that it lies in. Between them, with filters, ``row_supports`` finds
+their thresholds in a second read.
 """
 
 from typing import Any
@@ -27,6 +27,7 @@ def row_choices(
     numbers,
     keys,
     stats,
+    search,
     tokens,
     confidences,
     lses,
@@ -52,6 +53,7 @@ def row_choices(
             numbers,
             keys,
             stats,
+            search,
             row,
             changes,
             edits_at(changes, place, b, i, line),
@@ -122,6 +124,7 @@ def choice_arguments(
         numbers=call.numbers,
         keys=call.keys,
         stats=call.stats,
+        search=call.search,
         tokens=tokens,
         confidences=confidence,
         lses=lse,

@@ -14,16 +14,15 @@ from torch import Tensor
 from . import configurations
 from .devices import architecture, on_device_of, table_of
 from .numerics import LN2, LOG2E, power_of_two, rounded
-from .row_chunks import CHUNK, FIELDS
-from .row_decision import chunk_sums, merged_energy, surviving
+from .row_chunks import FIELDS
+from .row_decision import chunk_sums, merged_energy
 from .row_launches import RowCall, launch_chunks, row_call, rows_of
-from .rows import Place, as_rows, edits_at, locate, row_at, stride0
+from .rows import Place, as_rows, locate, row_at, stride0
 from .sample_and_score import NOTHING_MASKED
 from .static_call import StaticCall
-from .thresholds import filters
+from .supports import FLOOR, MASS, row_scratch, surviving
 from .vocabulary import (
     INFINITY,
-    Edits,
     as_scalar,
     chunk_numbers,
     load_chunk,
@@ -35,41 +34,12 @@ from .vocabulary import (
 CONFIGURATIONS = configurations.load("soft_embed")
 
 
-@triton.jit(do_not_specialize=["place", "changes", "numbers"])
-def support_floors(
-    rows, place, changes, numbers, stats, floors, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """floors [rows, 2]: the lowest logit of a row's top-p support, and the mass of that."""
-    r = tl.program_id(0)
-    b, i, _inside, line, _read = locate(rows, place, r)
-    row, begin = row_at(rows, place, b, line), edits_at(changes, place, b, i, line)
-    edits = Edits(
-        changes.allowed, begin[0], changes.bias_ids, begin[1], changes.bias, begin[2],
-        changes.num_bias >> 2, changes.exclude, changes.exclude_ids, begin[3],
-        changes.num_excluded, changes.log,
-    )  # fmt: skip
-    own = stats + r.to(tl.int64) * FIELDS * rows.C
-    top, Z, _best = row_of(own, LOG2E, rows.C, BLOCK_C)
-    floor, mass = tl.full([], float("-inf"), tl.float32), Z
-    if top > -INFINITY:
-        scale = tl.full([], 1.0, tl.float32) * LOG2E
-        top_p = number(numbers.top_p, numbers.top_p_of, numbers.stride_top_p, b)
-        floor = filters(row, edits, rows.V, top, scale, Z, None, top_p, False)
-        if floor > -INFINITY:
-            mass = tl.zeros([], tl.float32)
-            for c in range(rows.C):
-                x = load_chunk(row, c * CHUNK, rows.V, float("-inf"), CHUNK)
-                mass += tl.sum(surviving(x, top, LOG2E, floor, 0.0), 0)
-    tl.store(floors + 2 * r.to(tl.int64), floor)
-    tl.store(floors + 2 * r.to(tl.int64) + 1, mass)
-
-
 @triton.jit(do_not_specialize=["place", "stride_ratio", "log_V", "mask_id"])
 def mix(
     rows,
     place,
     stats,
-    floors,
+    search,
     embedding,
     stride_v,
     E,
@@ -113,9 +83,9 @@ def mix(
     acc = tl.zeros([BLOCK_E], tl.float32)
     if a != 0:
         floor, mass = tl.full([], float("-inf"), tl.float32), Z
-        if floors is not None:
-            floor = tl.load(floors + 2 * r.to(tl.int64))
-            mass = tl.load(floors + 2 * r.to(tl.int64) + 1)
+        if search is not None:
+            header = row_scratch(search, r).to(tl.pointer_type(tl.float32))
+            floor, mass = tl.load(header + FLOOR), tl.load(header + MASS)
         TILES: tl.constexpr = CHUNK // BLOCK_V
         o_tile, o_v = tl.arange(0, TILES), tl.arange(0, BLOCK_V)
         for c in range(rows.C):
@@ -160,17 +130,11 @@ def soft_embed(
     if count == 0:
         return out, entropy
     call, arch = embed_call(logits, count, top_p, top_p_tensor), architecture(logits)
-    floors = None
     with on_device_of(logits):
         launch_chunks(call, count, None)
-        if call.numbers.top_p is not None:
-            floors = torch.empty((count, 2), dtype=torch.float32, device=logits.device)
-            support_floors[(count,)](
-                **floor_arguments(call, floors), **CONFIGURATIONS[("floors", arch)]
-            )
         launch = CONFIGURATIONS[("mix", arch)]
         mix[(count, max(1, -(-E // launch["BLOCK_E"])))](
-            **mix_arguments(call, floors, embedding, mask_id, ratio, ratio_tensor, out, entropy),
+            **mix_arguments(call, embedding, mask_id, ratio, ratio_tensor, out, entropy),
             **launch,
         )
     return out, entropy
@@ -185,21 +149,8 @@ def embed_call(logits: Tensor, count: int, top_p: float, top_p_tensor: Tensor | 
     return row_call(rows_of(x), place, count, *filters, "top_k_first", "neg_entropy", False, *rest)
 
 
-def floor_arguments(call: RowCall, floors: Tensor) -> dict[str, Any]:
-    return dict(
-        rows=call.rows,
-        place=call.place,
-        changes=call.changes,
-        numbers=call.numbers,
-        stats=call.stats,
-        floors=floors,
-        BLOCK_C=power_of_two(call.rows.C),
-    )
-
-
 def mix_arguments(
     call: RowCall,
-    floors: Tensor | None,
     embedding: Tensor,
     mask_id: int,
     ratio: float,
@@ -211,7 +162,7 @@ def mix_arguments(
         rows=call.rows,
         place=call.place,
         stats=call.stats,
-        floors=floors,
+        search=call.search,
         embedding=embedding,
         stride_v=embedding.stride(0),
         E=embedding.shape[1],
@@ -232,21 +183,11 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
         logits = torch.empty(8, 32, 128256 + odd, dtype=dtype, **meta)[..., :128256]
         embedding = torch.empty(128256, 4096 + odd, dtype=table, **meta)[:, :4096]
         out = torch.empty(8, 32, 4096, dtype=table, **meta)
-        entropy, floors = torch.empty(8, 32, **meta), torch.empty(256, 2, **meta)
+        entropy = torch.empty(8, 32, **meta)
         note = f"{dtype} {table}".replace("torch.", "") + " odd stride" * odd
         for top_p in (0.9, 1.0):
             call = embed_call(logits, 256, top_p, None)
-            off = call.numbers.top_p is None
-            if not off:
-                given = floor_arguments(call, floors)
-                bytes_ = CHUNK * dtype.itemsize
-                yield StaticCall(
-                    support_floors, ("floors", table_of(arch)), given, dtype, streamed=bytes_,
-                    aligned=not odd, note=note,
-                )  # fmt: skip
-            given = mix_arguments(
-                call, None if off else floors, embedding, 5, 0.5, None, out, entropy
-            )
+            given = mix_arguments(call, embedding, 5, 0.5, None, out, entropy)
             launch = CONFIGURATIONS[("mix", table_of(arch))]
             bytes_ = launch["BLOCK_V"] * launch["BLOCK_E"] * table.itemsize
             yield StaticCall(

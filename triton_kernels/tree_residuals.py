@@ -16,6 +16,7 @@ import triton.language as tl
 
 from . import philox
 from .draws import coin
+from .histograms import leave_counts
 from .law_rows import (
     chunk_weights,
     draft_chunk,
@@ -28,7 +29,8 @@ from .law_rows import (
     token_log,
     token_weight,
 )
-from .thresholds import filters
+from .supports import KEPT, SUM, TOP, counts_of, field_of, narrow, resolve, row_scratch
+from .thresholds import sought
 from .vocabulary import (
     INFINITY,
     NO_TOKEN,
@@ -143,7 +145,7 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     """Row i of request b read whole: (Row, masses of its chunks, argmax, present, good).
 
     The chunks' numbers are those of ``law_prepare``, combined as there, but never leave the
-    program. A row that is not there is not read.
+    program, unless filters read the row again. A row that is not there is not read.
     """
     _at, row, present, inside = place(law, b, i)
     bits = row_bits(law, b, i)
@@ -154,6 +156,10 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     tops = tl.zeros([BLOCK_C], tl.float32) + nothing
     sums = tl.zeros([BLOCK_C], tl.float32)
     bests = tl.zeros([BLOCK_C], tl.int32) + NO_TOKEN
+    if law.search is not None:
+        own = row_scratch(law.search, b)
+        k, share = sought(numbers, b, law.V)
+        searched = ((k > 0) | (share < 1)) & (temperature > 0)
     for c in range(0, tl.where(inside, law.C, 0)):
         x = raw_chunk(law, row, bits, c * CHUNK, CHUNK)
         if law.PROBS:
@@ -166,6 +172,11 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
         tops = tl.where(o_c == c, top, tops)
         sums = tl.where(o_c == c, total, sums)
         bests = tl.where(o_c == c, best, bests)
+        if law.search is not None:
+            tl.store(field_of(own, law.C, TOP) + c, top)
+            tl.store(field_of(own, law.C, SUM) + c, total)
+            if searched:
+                leave_counts(counts_of(own, law.C, c), x, top)
     number_ = tops == tops
     top = tl.max(tl.where(number_, tops, nothing), 0)
     best = tl.min(tl.where(tops == top, bests, NO_TOKEN), 0)
@@ -178,15 +189,17 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     floor = tl.full([], float("-inf"), tl.float32)
     mass = Z
     least = least_of(numbers, b)
-    some = (numbers.top_k is not None) | (numbers.top_p is not None) | (numbers.min_p is not None)
-    if some & (not law.PROBS):  # noqa: SIM102 (known at compile time)
+    if law.search is not None:  # noqa: SIM102 (known at compile time)
         if good & (temperature > 0):
-            floor = floor_in(law, numbers, b, row, bits, top, scale, Z)
-            for c in range(law.C):
-                start = c * CHUNK
-                e = chunk_weights(law, row, bits, start, top, scale, floor, least, -1, CHUNK)
-                masses = tl.where(o_c == c, tl.sum(e, 0), masses)
-            mass = tl.sum(masses, 0)
+            if law.search.apart:
+                floor, mass = kept_apart(
+                    law, numbers, b, row, bits, own, top, Z, scale, least, CHUNK, BLOCK_C
+                )
+            else:
+                floor, mass = kept_of(
+                    law, numbers, b, row, bits, own, top, Z, scale, least, CHUNK, BLOCK_C
+                )
+            masses = tl.load(field_of(own, law.C, KEPT) + o_c, mask=o_c < law.C, other=0.0)
     only = tl.full([], -1, tl.int32)
     if law.vocab is None:
         only = tl.where(temperature == 0, best, only)
@@ -197,14 +210,36 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def floor_in(law, numbers, b, row, bits, top, scale, Z):
-    """The lowest logit that top-k and top-p leave."""
-    top_k, top_p = None, None
-    if numbers.top_k is not None:
-        top_k = number(numbers.top_k, numbers.top_k_of, numbers.stride_top_k, b)
-    if numbers.top_p is not None:
-        top_p = number(numbers.top_p, numbers.top_p_of, numbers.stride_top_p, b)
-    return filters(row, Edits(law.allowed, bits), law.V, top, scale, Z, top_k, top_p, False)
+def kept_of(
+    law, numbers, b, row, bits, own, top, Z, scale, least,
+    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(floor, mass) of ``supports.resolve`` for a row of which ``own`` holds the first read's."""
+    PART: tl.constexpr = CHUNK // 2 if law.search.apart else CHUNK  # fewer registers
+    edits = Edits(law.allowed, bits)
+    k, share = sought(numbers, b, law.V)
+    tops, sums = field_of(own, law.C, TOP), field_of(own, law.C, SUM)
+    tl.debug_barrier()  # what threads have written, others read
+    k_low, k_high, p_low, p_high = narrow(
+        row, edits, law.V, law.C, own, tops, sums, numbers, top, Z, scale, least, k, share,
+        0, law.C, False, CHUNK, PART,
+    )  # fmt: skip
+    tl.debug_barrier()
+    floor, mass = resolve(
+        row, edits, law.V, law.C, own, top, Z, scale, least, k, share,
+        k_low, k_high, p_low, p_high, False, CHUNK, PART, BLOCK_C,
+    )  # fmt: skip
+    tl.debug_barrier()
+    return floor, mass
+
+
+@triton.jit(noinline=True)
+def kept_apart(
+    law, numbers, b, row, bits, own, top, Z, scale, least,
+    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``kept_of`` where the registers of a walk and of a search together are too many."""
+    return kept_of(law, numbers, b, row, bits, own, top, Z, scale, least, CHUNK, BLOCK_C)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """One step of unmasking in two launches: one read of the masked rows, then a decision a row, after
-which the last row of each request to be done commits for all of them.
+which the last row of each request to be done commits for all of them. With filters ``row_supports``
+comes between them.
 """
 
 from typing import Any
@@ -27,6 +28,7 @@ def unmask_rows(
     numbers,
     keys,
     stats,
+    search,
     finished,
     rule,
     results,
@@ -59,6 +61,7 @@ def unmask_rows(
                 numbers,
                 keys,
                 stats,
+                search,
                 row,
                 changes,
                 edits_at(changes, place, b, i, line),
@@ -186,6 +189,7 @@ def unmask_arguments(
         numbers=call.numbers,
         keys=call.keys,
         stats=call.stats,
+        search=call.search,
         finished=finished,
         rule=rule,
         results=results,

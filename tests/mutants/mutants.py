@@ -39,6 +39,8 @@ COMMIT_KV, WRITE_KV = "triton_kernels/commit_kv_kernel.py", "triton_kernels/writ
 IN_COMMIT_KV, IN_WRITE_KV = "tests/triton/test_commit_kv.py", "tests/triton/test_write_kv.py"
 IN_TREES, IN_DECISIONS = "tests/triton/test_trees.py", "tests/triton/test_decisions.py"
 RANKED_PLAN, RANKED_ATTEND = "triton_kernels/ranked_plan.py", "triton_kernels/ranked_attend.py"
+SUPPORTS, HISTOGRAMS = "triton_kernels/supports.py", "triton_kernels/histograms.py"
+IN_THRESHOLDS = "tests/triton/test_thresholds.py"
 RANKED_STEPS = "triton_kernels/ranked_steps.py"
 IN_RANKED = "tests/triton/test_ranked_attention.py"
 AT_RANKED = "tests/triton/test_ranked_edges.py"
@@ -217,8 +219,16 @@ MUTANTS = [
     Mutant(
         "the second half of a mask's word read as the first",
         DECODE,
-        ">> (t % 2 * 32)",
+        ">> (t % TILES * BL)",
         ">> 0",
+        IN_DECODE + " -k packed_masks",
+        INTERPRETED,
+    ),
+    Mutant(
+        "quarters of a mask's word counted as halves",
+        DECODE,
+        "words + t // TILES, mask=valid, other=0) >> (t % TILES * BL)",
+        "words + t // 2, mask=valid, other=0) >> (t % 2 * BL)",
         IN_DECODE + " -k packed_masks",
         INTERPRETED,
     ),
@@ -755,7 +765,79 @@ MUTANTS = [
         "triton_kernels/thresholds.py",
         "ordered(x)[:, None] > pivots[None, :]",
         "ordered(x)[:, None] >= pivots[None, :]",
-        IN_CHAINS + " -k top_k_keeps",
+        IN_THRESHOLDS + " -k floors",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a bracket that ends a bin too early, so that rows are searched",
+        HISTOGRAMS,
+        "(edge - first + 1) / STEPS, INFINITY)",
+        "(edge - first) / STEPS, INFINITY)",
+        IN_THRESHOLDS + " -k two_reads",
+        INTERPRETED,
+    ),
+    Mutant(
+        "histograms added up without their tops",
+        HISTOGRAMS,
+        "own = bin[None, :] - shift[:, None]",
+        "own = bin[None, :] - shift[:, None] * 0",
+        IN_THRESHOLDS + " -k two_reads",
+        INTERPRETED,
+    ),
+    Mutant(
+        "candidates that a chunk had no room for forgotten",
+        SUPPORTS,
+        "holds = (most <= CANDIDATES) & (within <= high) & (above < bound)",
+        "holds = (within <= high) & (above < bound)",
+        IN_THRESHOLDS + " -k room_for",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a bracket taken on trust",
+        SUPPORTS,
+        "holds = holds & (above + among >= bound)",
+        "holds = holds & (most >= 0)",
+        IN_THRESHOLDS + " -k far_from",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a chunk's last candidate not looked at",
+        "triton_kernels/thresholds.py",
+        "there = (slot[None, :] < count[:, None])",
+        "there = (slot[None, :] + 1 < count[:, None])",
+        IN_THRESHOLDS + " -k floors",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a row's thresholds resolved by nobody, for want of one more program",
+        "triton_kernels/row_supports.py",
+        "if others == tl.cdiv(C, per) - 1:",
+        "if others == tl.cdiv(C, per):",
+        IN_THRESHOLDS + " -k alone",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a verification's thresholds resolved by nobody",
+        "triton_kernels/law_floors.py",
+        "last = others == tl.cdiv(law.C, per) - 1",
+        "last = others == tl.cdiv(law.C, per)",
+        IN_CHAINS + " -k alone",
+        INTERPRETED,
+    ),
+    Mutant(
+        "min-p forgotten among the candidates",
+        SUPPORTS,
+        "kept += tl.sum(surviving(x, top, scale, floor, least), 1)",
+        "kept += tl.sum(surviving(x, top, scale, floor, 0.0), 1)",
+        IN_THRESHOLDS + " -k floors",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a walk's histograms of the row before",
+        TREE_RESIDUALS,
+        "leave_counts(counts_of(own, law.C, c), x, top)",
+        "leave_counts(counts_of(own, law.C, 0), x, top)",
+        IN_THRESHOLDS + " -k walk",
         INTERPRETED,
     ),
     Mutant(
@@ -830,6 +912,13 @@ MUTANTS = [
         "return page, (page >= 0) & (page <= num_pages)",
         IN_RANKED + " -k outside",
         INTERPRETED,
+    ),
+    Mutant(
+        "odd strides in tiles that are too large for them",
+        "triton_kernels/ranked_layout.py",
+        "any(s % 16 for x in strides for s in x[:-1])",
+        "any(s % 16 for x in strides for s in x[-1:-1])",
+        "tests/test_ranked_static.py",
     ),
     Mutant(
         "the second half of a tile's bits read as the first",
