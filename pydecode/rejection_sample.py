@@ -9,12 +9,14 @@ from . import binding
 from . import verification_arguments as arguments
 from .backends import choose, triton_kernels, unavailable
 from .reference import rejection_sample as reference
+from .replay import replayed
 from .results import Verified
 from .validation import checking, expect_choice, expect_tensor
 
 HAS = ("reference", "triton")
 
 
+@replayed
 def rejection_sample(
     target_logits: Tensor | None,
     draft_tokens: Tensor,

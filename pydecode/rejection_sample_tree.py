@@ -8,6 +8,7 @@ from . import binding
 from . import verification_arguments as arguments
 from .backends import choose, unavailable
 from .reference import rejection_sample_tree as reference
+from .replay import replayed
 from .results import Verified
 from .schemas import argument_names
 from .validation import checking, expect_choice, static_number
@@ -23,6 +24,7 @@ RULES = (
 HAS = ("reference", "triton")
 
 
+@replayed
 def rejection_sample_tree(
     target_logits: Tensor | None,
     draft_tokens: Tensor,

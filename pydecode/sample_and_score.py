@@ -11,6 +11,7 @@ from . import sampling_arguments as arguments
 from .backends import choose, unavailable
 from .reference import sample_and_score as reference
 from .reference.numbers import compute_dtype
+from .replay import replayed
 from .results import Scores
 from .validation import (
     INTS,
@@ -25,6 +26,7 @@ from .validation import (
 HAS = ("reference", "triton")
 
 
+@replayed
 def sample_and_score(
     logits: Tensor,
     *,

@@ -9,11 +9,13 @@ from . import sampling_arguments as arguments
 from .backends import choose, unavailable
 from .reference import soft_embed as reference
 from .reference.numbers import compute_dtype
+from .replay import replayed
 from .validation import FLOATS, expect_device, expect_dim, expect_dtype, expect_tensor, number
 
 HAS = ("reference", "triton")
 
 
+@replayed
 def soft_embed(
     logits: Tensor,
     embedding: Tensor,

@@ -11,12 +11,14 @@ from . import sampling_arguments as arguments
 from .backends import choose, unavailable
 from .reference import unmask as reference
 from .reference.numbers import compute_dtype
+from .replay import replayed
 from .results import Unmasked
 from .validation import checking, expect_device, expect_dim, expect_shape
 
 HAS = ("reference", "triton")
 
 
+@replayed
 def unmask(
     tokens: Tensor,
     logits: Tensor,

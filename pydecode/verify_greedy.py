@@ -9,6 +9,7 @@ from . import binding
 from . import verification_arguments as arguments
 from .backends import choose, triton_kernels, unavailable
 from .reference import verify_greedy as reference
+from .replay import replayed
 from .results import Verified
 from .validation import (
     FLOATS,
@@ -28,6 +29,7 @@ from .validation import (
 HAS = ("reference", "triton")
 
 
+@replayed
 def verify_greedy(
     draft_tokens: Tensor,
     target: Tensor,

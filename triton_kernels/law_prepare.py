@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .devices import architecture, table_of
 from .histograms import leave_counts
@@ -139,7 +140,8 @@ def prepare(
     counts = dict(zip(("count", "count_of", "stride_count"), pair(*count)))
     first = dict(law=law, numbers=numbers, more=more)
     second = dict(draft=draft, draft_numbers=draft_numbers, draft_more=draft_more)
-    chunk_laws[(all_rows, -(-chunks // per))](
+    launch(
+        chunk_laws, (all_rows, -(-chunks // per)),
         **first, **second, **counts, rows=rows, per=per, arrivals=arrivals,
         HAS_DRAFT=draft is not None, **CONFIGURATIONS[("chunks", arch)],
     )  # fmt: skip
@@ -158,7 +160,8 @@ def prepare(
             HAS_DRAFT=second["draft"] is not None,
         )
         per = chunks_to_narrow(all_rows, chunks)
-        row_floors[(all_rows, -(-chunks // per))](
+        launch(
+            row_floors, (all_rows, -(-chunks // per)),
             **first, **second, **counts, rows=rows, per=per, **blocks,
             **CONFIGURATIONS[("floors", arch)],
         )  # fmt: skip
@@ -169,7 +172,7 @@ def prepare_vocab(law: LawRows) -> None:
     if law.vocab is not None:
         grid = (law.target_C + 2,)
         entry = CONFIGURATIONS[("vocab", architecture(law.x))]
-        index_vocab[grid](law.vocab, law.firsts, law.V, law.target_C, **entry)
+        launch(index_vocab, grid, law.vocab, law.firsts, law.V, law.target_C, **entry)
 
 
 def example(

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .chain_kernels import Chains, Outputs, block_sums, decide
 from .devices import architecture, on_device_of, table_of
@@ -87,7 +88,7 @@ def rejection_sample(
                 *(is_filtered(draft_numbers), draft_vocab, target.V),
             )
         with on_device_of(draft_tokens):
-            launch(
+            decide_chains(
                 *(target, numbers, draft, draft_numbers, draft_tokens, outputs, rule == "block"),
                 *(num_drafts, num_drafts_tensor),
                 draws_of(seed_tensor, offset_tensor, positions_tensor, uniforms),
@@ -101,7 +102,7 @@ def rejection_sample(
     return tokens, num_accepted, path, logprobs, num_passed
 
 
-def launch(
+def decide_chains(
     target: LawRows,
     numbers: Numbers,
     draft: LawRows | None,
@@ -130,12 +131,18 @@ def launch(
     if by_block and draft is not None and G:
         sums = torch.empty((B, G, target.C), dtype=torch.float32, device=draft_tokens.device)
         per = chunks_a_program(B * G, target.C)
-        block_sums[(B * G, -(-target.C // per))](
-            **laws, sums=sums, per=per, **CONFIGURATIONS[("sums", arch)]
+        launch(
+            block_sums,
+            (B * G, -(-target.C // per)),
+            **laws,
+            sums=sums,
+            per=per,
+            **CONFIGURATIONS[("sums", arch)],
         )
     masses = torch.empty((B, 2, target.C), dtype=torch.float32, device=draft_tokens.device)
     parts = max(1, min(target.C, PROGRAMS // B))
-    decide[(B * parts,)](
+    launch(
+        decide, (B * parts,),
         **laws, draws=draws, outputs=outputs, sums=sums, masses=masses, arrivals=arrivals,
         seed=seed, offset=offset, positions=positions, parts=parts,
         **CONFIGURATIONS[("decide", arch)],

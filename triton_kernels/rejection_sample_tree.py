@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations, law_prepare
 from .devices import architecture, on_device_of
 from .draws import Draws, draws_of
@@ -117,14 +118,14 @@ def rejection_sample_tree(
             prepare(p, p_numbers, B, count, 1, q, q_numbers, 1)
             rows = torch.empty((B, 2, T, int(NUMBERS)), dtype=torch.float32, device=device)
             given_rows = number_arguments(arguments, rows)
-            row_numbers[(B * T, 2)](**given_rows, **CONFIGURATIONS[("numbers",)])
+            launch(row_numbers, (B * T, 2), **given_rows, **CONFIGURATIONS[("numbers",)])
             arguments = leaf_first_arguments(arguments, rows, rule)
-            leaf_first_kernel[(B,)](**arguments, **CONFIGURATIONS[leaf_first_key(arch)])
+            launch(leaf_first_kernel, (B,), **arguments, **CONFIGURATIONS[leaf_first_key(arch)])
         else:
             if q is not None:
                 prepare_vocab(q)
             arguments = walk_arguments(arguments, rule, threshold_single, threshold_acc)
-            walk[(B,)](**arguments, **CONFIGURATIONS[walk_key(arch, arguments)])
+            launch(walk, (B,), **arguments, **CONFIGURATIONS[walk_key(arch, arguments)])
     return outputs.tokens, outputs.num_accepted, outputs.path, logprobs
 
 

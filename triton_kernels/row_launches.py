@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..replay import launch
 from .devices import architecture
 from .law_rows import Numbers, is_filtered, numbers_of
 from .numerics import power_of_two
@@ -108,13 +109,17 @@ def row_call(
 def launch_chunks(call: RowCall, count: int, finished: Tensor | None) -> None:
     """All that comes before the decisions: one launch, two with filters."""
     per = chunks_a_program(count, call.rows.C)
-    row_chunks[(count, -(-call.rows.C // per))](
+    launch(
+        row_chunks,
+        (count, -(-call.rows.C // per)),
         **chunk_arguments(call, finished, per),
         **CONFIGURATIONS[("chunks", architecture(call.rows.x))],
     )
     if call.search is not None:
         per = chunks_to_narrow(count, call.rows.C)
-        row_supports[(count, -(-call.rows.C // per))](
+        launch(
+            row_supports,
+            (count, -(-call.rows.C // per)),
             **support_arguments(call, per),
             **CONFIGURATIONS[("supports", architecture(call.rows.x))],
         )

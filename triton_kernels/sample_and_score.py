@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from .devices import architecture, on_device_of
 from .row_decision import decide
 from .row_launches import CONFIGURATIONS, RowCall, launch_chunks, row_call, rows_of
@@ -91,7 +92,9 @@ def sample_and_score(
     call = call_of(logits, row_index, probs, count, *sampling)
     with on_device_of(logits):
         launch_chunks(call, count, None)
-        row_choices[(count,)](
+        launch(
+            row_choices,
+            (count,),
             **choice_arguments(call, tokens, confidence, lse),
             **CONFIGURATIONS[("choose", call.key, architecture(logits))],
         )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from . import configurations
 from .devices import architecture, on_device_of, table_of
 from .numerics import LN2, LOG2E, power_of_two, rounded
@@ -132,10 +133,12 @@ def soft_embed(
     call, arch = embed_call(logits, count, top_p, top_p_tensor), architecture(logits)
     with on_device_of(logits):
         launch_chunks(call, count, None)
-        launch = CONFIGURATIONS[("mix", arch)]
-        mix[(count, max(1, -(-E // launch["BLOCK_E"])))](
+        entry = CONFIGURATIONS[("mix", arch)]
+        launch(
+            mix,
+            (count, max(1, -(-E // entry["BLOCK_E"]))),
             **mix_arguments(call, embedding, mask_id, ratio, ratio_tensor, out, entropy),
-            **launch,
+            **entry,
         )
     return out, entropy
 
@@ -188,8 +191,8 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
         for top_p in (0.9, 1.0):
             call = embed_call(logits, 256, top_p, None)
             given = mix_arguments(call, embedding, 5, 0.5, None, out, entropy)
-            launch = CONFIGURATIONS[("mix", table_of(arch))]
-            bytes_ = launch["BLOCK_V"] * launch["BLOCK_E"] * table.itemsize
+            entry = CONFIGURATIONS[("mix", table_of(arch))]
+            bytes_ = entry["BLOCK_V"] * entry["BLOCK_E"] * table.itemsize
             yield StaticCall(
                 mix,
                 ("mix", table_of(arch)),

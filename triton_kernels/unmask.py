@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import launch
 from .commit import empty_results, results_of, window_place
 from .commit_rules import commit_window, rule_of
 from .devices import architecture, on_device_of
@@ -130,7 +131,9 @@ def unmask(
     finished = torch.empty((B,), dtype=torch.int32, device=tokens.device)
     with on_device_of(logits):
         launch_chunks(call, B * R, finished)
-        unmask_rows[(B * R,)](
+        launch(
+            unmask_rows,
+            (B * R,),
             **unmask_arguments(call, finished, numbers, results, options, return_proposals),
             **CONFIGURATIONS[("unmask", call.key, architecture(logits))],
         )

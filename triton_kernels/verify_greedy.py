@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import BackendUnavailable
+from ..replay import launch
 from . import configurations
 from .devices import architecture, on_device_of, table_of
 from .greedy_kernels import RULES, Drafted, row_limits, walk
@@ -77,12 +78,13 @@ def verify_greedy(
             prepare(law, numbers, B, (num_drafts, num_drafts_tensor), 1)
         if rule in ("top_k", "typical"):
             limits = torch.empty((B, T), dtype=torch.float32, device=device)
-            row_limits[(B * T,)](
-                law, numbers, drafted, limits, *pair(top_k, top_k_tensor), num_drafts,
-                RULES.index(rule), BLOCK_C=block_c, **CONFIGURATIONS[("limits", arch)],
+            launch(
+                row_limits, (B * T,), law, numbers, drafted, limits,
+                *pair(top_k, top_k_tensor), num_drafts, RULES.index(rule),
+                BLOCK_C=block_c, **CONFIGURATIONS[("limits", arch)],
             )  # fmt: skip
-        walk[(B,)](
-            law, numbers, drafted, limits, scratch, tokens, num_accepted, path,
+        launch(
+            walk, (B,), law, numbers, drafted, limits, scratch, tokens, num_accepted, path,
             num_drafts, width, distance if rule == "distance" else 0,
             posterior_threshold, posterior_alpha, RULES.index(rule), ids, block_c,
             **entry,

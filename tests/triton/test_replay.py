@@ -26,14 +26,20 @@ REPLAYED = [
     "remask",
     "commit_kv",
     "write_kv",
+    "verify_greedy",
+    "rejection_sample",
+    "rejection_sample_tree",
+    "sample_and_score",
+    "unmask",
+    "soft_embed",
 ]
 
 
 def copied(x: Any) -> Any:
     """Another tensor of the same strides, in whatever it lies."""
     if isinstance(x, Tensor):
-        new = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        return new.copy_(x) if x.numel() else new
+        memory = x.untyped_storage().clone()
+        return torch.empty(0, dtype=x.dtype).set_(memory, x.storage_offset(), x.shape, x.stride())
     if isinstance(x, dict):
         return {name: copied(value) for name, value in x.items()}
     if isinstance(x, (list, tuple)):
