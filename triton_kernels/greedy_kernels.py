@@ -58,13 +58,23 @@ def row_limits(
                 none = tl.full([], float("-inf"), tl.float32)
                 limit = none
                 if k < target.V:
-                    edits = Edits(target.allowed, bits)
                     tiles = tl.cdiv(target.V, TILE)
                     source = Source(row, target.V, None, None, 0, 1, tiles)
                     low, high = ordered(none), ordered(top)
                     bound = k.to(tl.float32)
                     limit = lowest_kept(
-                        source, edits, top, scale, none, 1.0, 0.0, bound, low, high, 1, TILE
+                        source,
+                        Edits(target.allowed, bits),
+                        top,
+                        scale,
+                        none,
+                        1.0,
+                        0.0,
+                        bound,
+                        low,
+                        high,
+                        1,
+                        TILE,
                     )
             else:
                 for c in range(target.C):

@@ -22,7 +22,7 @@ def row_floor(
     temperature = temperature_of(numbers, b)
     first = tl.program_id(1) * per
     if inside & (i < limit) & (first < law.C):
-        edits = Edits(law.allowed, row_bits(law, b, i))
+        bits = row_bits(law, b, i)
         scale = scale_of(temperature)
         top, Z, _best, good = read_law(law, at, scale, BLOCK_C)
         floor = tl.full([], float("-inf"), tl.float32)
@@ -34,7 +34,8 @@ def row_floor(
             k, share = sought(numbers, b, law.V)
             least = least_of(numbers, b)
             k_low, k_high, p_low, p_high = narrow(
-                row, edits, law.V, law.C, own, tops, tops + law.C, numbers, top, Z, scale, least,
+                row, Edits(law.allowed, bits), law.V, law.C, own, tops, tops + law.C, numbers,
+                top, Z, scale, least,
                 k, share, first, tl.minimum(first + per, law.C), False, CHUNK, PART,
             )  # fmt: skip
             # all stores of this program come before the count, all others' before what follows it
@@ -44,7 +45,8 @@ def row_floor(
             if last:
                 tl.debug_barrier()
                 floor, mass = resolve(
-                    row, edits, law.V, law.C, own, top, Z, scale, least, k, share,
+                    row, Edits(law.allowed, bits), law.V, law.C, own, top, Z, scale, least,
+                    k, share,
                     k_low, k_high, p_low, p_high, False, CHUNK, PART, BLOCK_C,
                 )  # fmt: skip
         if last:

@@ -61,6 +61,7 @@ class LawRows(NamedTuple):
     stride_allowed_r: Any
     PROBS: Any
     search: Any = None  # ``supports.Scratch`` of the filters
+    SEARCHED: Any = tl.constexpr(False)  # that a walk uses it
 
 
 class Numbers(NamedTuple):

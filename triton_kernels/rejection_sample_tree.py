@@ -135,7 +135,8 @@ def searched(law: LawRows | None, numbers: Numbers, batch: int, arch: str) -> La
         return law
     search = scratch_of(batch, law.C, law.x.device)
     # gfx942 has registers enough, and calls cost it a stack
-    return law._replace(search=search._replace(apart=tl.constexpr(arch != "gfx942")))
+    search = search._replace(apart=tl.constexpr(arch != "gfx942"))
+    return law._replace(search=search, SEARCHED=tl.constexpr(True))
 
 
 def shared_arguments(

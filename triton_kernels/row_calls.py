@@ -82,9 +82,10 @@ def any_calls() -> Iterator[StaticCall]:
     index = empty(B, L, dtype=torch.int32)
     yield from sample_calls(BF16, "packed", {}, row_index=index)
     yield from sample_calls(BF16, "odd stride", dict(temperature=1.0), odd=True)
-    for dtype in (BF16, FP32):
-        call = embed_call(empty(B, L, V, dtype=dtype), B * L, 0.9, None)
-        yield from reads(call, dtype, None, f"{str(dtype).removeprefix('torch.')} soft_embed")
+    for dtype, top_p in ((BF16, 0.9), (BF16, 1.0), (FP32, 0.9), (FP32, 1.0)):
+        call = embed_call(empty(B, L, V, dtype=dtype), B * L, top_p, None)
+        note = f"{str(dtype).removeprefix('torch.')} soft_embed top_p={top_p}"
+        yield from reads(call, dtype, None, note)
     options = list(examples().values())
     for number, rule in enumerate(NAMES):
         yield from unmask_static(BF16, rule, options[number % len(options)])

@@ -67,6 +67,7 @@ def row_chunks(
     HAS_ENERGY: tl.constexpr,
     ENERGY_TEMPERED: tl.constexpr,
     HAS_NOISE: tl.constexpr,
+    HAS_SEARCH: tl.constexpr,
     PER_REQUEST: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -88,7 +89,7 @@ def row_chunks(
         )  # fmt: skip
         temperature = temperature_of(numbers, b)
         scale = scale_of(temperature)
-        if search is not None:
+        if HAS_SEARCH:
             words = row_scratch(search, r)
             k, share = sought(numbers, b, rows.V)
             searched = ((k > 0) | (share < 1)) & (temperature >= 0)
@@ -102,7 +103,7 @@ def row_chunks(
             top, best = top_of(x, start, CHUNK)
             e = weights(x, top, LOG2E)
             leave(line_stats, c, rows.C, top, tl.sum(e, 0), best)
-            if search is not None:  # noqa: SIM102 (known at compile time)
+            if HAS_SEARCH:  # noqa: SIM102 (known at compile time)
                 if searched:
                     leave_counts(counts_of(words, rows.C, c), x, top)
             own = line_stats + c

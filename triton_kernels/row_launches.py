@@ -136,6 +136,7 @@ def chunk_arguments(call: RowCall, finished: Tensor | None, per: int) -> dict[st
         search=call.search,
         finished=finished,
         per=per,
+        HAS_SEARCH=call.search is not None,
         **call.chunk_options,
     )
 

@@ -51,6 +51,7 @@ def mix(
     log_V,
     out,
     entropies,
+    HAS_SEARCH: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -84,7 +85,7 @@ def mix(
     acc = tl.zeros([BLOCK_E], tl.float32)
     if a != 0:
         floor, mass = tl.full([], float("-inf"), tl.float32), Z
-        if search is not None:
+        if HAS_SEARCH:
             header = row_scratch(search, r).to(tl.pointer_type(tl.float32))
             floor, mass = tl.load(header + FLOOR), tl.load(header + MASS)
         TILES: tl.constexpr = CHUNK // BLOCK_V
@@ -176,6 +177,7 @@ def mix_arguments(
         log_V=math.log(call.rows.V),
         out=out,
         entropies=entropy,
+        HAS_SEARCH=call.search is not None,
         BLOCK_C=power_of_two(call.rows.C),
     )
 

@@ -156,7 +156,7 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     tops = tl.zeros([BLOCK_C], tl.float32) + nothing
     sums = tl.zeros([BLOCK_C], tl.float32)
     bests = tl.zeros([BLOCK_C], tl.int32) + NO_TOKEN
-    if law.search is not None:
+    if law.SEARCHED:
         own = row_scratch(law.search, b)
         k, share = sought(numbers, b, law.V)
         searched = ((k > 0) | (share < 1)) & (temperature > 0)
@@ -172,7 +172,7 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
         tops = tl.where(o_c == c, top, tops)
         sums = tl.where(o_c == c, total, sums)
         bests = tl.where(o_c == c, best, bests)
-        if law.search is not None:
+        if law.SEARCHED:
             tl.store(field_of(own, law.C, TOP) + c, top)
             tl.store(field_of(own, law.C, SUM) + c, total)
             if searched:
@@ -189,7 +189,7 @@ def read_row(law, numbers, b, i, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
     floor = tl.full([], float("-inf"), tl.float32)
     mass = Z
     least = least_of(numbers, b)
-    if law.search is not None:  # noqa: SIM102 (known at compile time)
+    if law.SEARCHED:  # noqa: SIM102 (known at compile time)
         if good & (temperature > 0):
             if law.search.apart:
                 floor, mass = kept_apart(
@@ -216,17 +216,17 @@ def kept_of(
 ):  # fmt: skip
     """(floor, mass) of ``supports.resolve`` for a row of which ``own`` holds the first read's."""
     PART: tl.constexpr = CHUNK // 2 if law.search.apart else CHUNK  # fewer registers
-    edits = Edits(law.allowed, bits)
     k, share = sought(numbers, b, law.V)
     tops, sums = field_of(own, law.C, TOP), field_of(own, law.C, SUM)
     tl.debug_barrier()  # what threads have written, others read
     k_low, k_high, p_low, p_high = narrow(
-        row, edits, law.V, law.C, own, tops, sums, numbers, top, Z, scale, least, k, share,
+        row, Edits(law.allowed, bits), law.V, law.C, own, tops, sums, numbers, top, Z, scale,
+        least, k, share,
         0, law.C, False, CHUNK, PART,
     )  # fmt: skip
     tl.debug_barrier()
     floor, mass = resolve(
-        row, edits, law.V, law.C, own, top, Z, scale, least, k, share,
+        row, Edits(law.allowed, bits), law.V, law.C, own, top, Z, scale, least, k, share,
         k_low, k_high, p_low, p_high, False, CHUNK, PART, BLOCK_C,
     )  # fmt: skip
     tl.debug_barrier()
