@@ -126,3 +126,12 @@ def test_triton_36_takes_it(name: str) -> None:
             if isinstance(value, tuple):
                 compared = re.search(rf"\b{argument} is (not )?None", call.kernel.src)
                 assert not compared, (call.kernel.__name__, argument)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_launch_can_be_replayed(name: str) -> None:
+    """By ``replay.launch``: a replay would leave out a kernel that is launched without it."""
+    for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(name)))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            called = getattr(importlib.import_module(name), ast.unparse(node.func.value), None)
+            assert not hasattr(called, "arg_names"), ast.unparse(node)[:80]
