@@ -15,10 +15,11 @@ from .law_rows import (
     token_value,
 )
 from .law_vectors import place_rows, read_laws
-from .thresholds import TILE, Source, lowest_kept, ordered
+from .thresholds import Source, lowest_kept, ordered
 from .vocabulary import INFINITY, Edits, as_scalar, number, scale_of
 
 EXACT, TOP_K, DISTANCE, TYPICAL = (tl.constexpr(n) for n in range(4))
+ROW_TILE = tl.constexpr(2048)  # entries of a row that are compared together
 RULES = ("exact", "top_k", "distance", "typical")
 
 
@@ -58,7 +59,7 @@ def row_limits(
                 none = tl.full([], float("-inf"), tl.float32)
                 limit = none
                 if k < target.V:
-                    tiles = tl.cdiv(target.V, TILE)
+                    tiles = tl.cdiv(target.V, ROW_TILE)
                     source = Source(row, target.V, None, None, 0, 1, tiles)
                     low, high = ordered(none), ordered(top)
                     bound = k.to(tl.float32)
@@ -74,7 +75,7 @@ def row_limits(
                         low,
                         high,
                         1,
-                        TILE,
+                        ROW_TILE,
                     )
             else:
                 for c in range(target.C):
