@@ -15,7 +15,7 @@ from .law_rows import (
     token_value,
 )
 from .law_vectors import place_rows, read_laws
-from .thresholds import Source, lowest_kept, ordered
+from .thresholds import Source, lowest_kept, search_limits
 from .vocabulary import INFINITY, Edits, as_scalar, number, scale_of
 
 EXACT, TOP_K, DISTANCE, TYPICAL = (tl.constexpr(n) for n in range(4))
@@ -61,7 +61,7 @@ def row_limits(
                 if k < target.V:
                     tiles = tl.cdiv(target.V, ROW_TILE)
                     source = Source(row, target.V, None, None, 0, 1, tiles)
-                    low, high = ordered(none), ordered(top)
+                    low, high = search_limits(good == 0, none, none, none, top)
                     bound = k.to(tl.float32)
                     limit = lowest_kept(
                         source,
