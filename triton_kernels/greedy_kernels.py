@@ -57,7 +57,7 @@ def row_limits(
                 k = as_scalar(number(top_k, top_k_of, stride_top_k, b), tl.int64)
                 k = tl.maximum(k, 1)
                 none = tl.full([], float("-inf"), tl.float32)
-                limit = none
+                limit = tl.where(top == INFINITY, top, none)  # beside +inf nothing counts
                 if k < target.V:
                     tiles = tl.cdiv(target.V, ROW_TILE)
                     source = Source(row, target.V, None, None, 0, 1, tiles)
