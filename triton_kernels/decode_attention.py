@@ -12,6 +12,7 @@ from .decode_combine import clear, combine
 from .decode_kernel import decode
 from .decode_plan import CONFIGURATIONS, Pair, Plan, make_plan
 from .devices import architecture, on_device_of
+from .layouts import dense
 from .static_call import StaticCall
 
 _plans: dict[Hashable, Plan] = {}
@@ -88,11 +89,6 @@ def decode_attention(
         plan, q, k_cache, v_cache, k, v, mask, positions, block_table, sinks, cu_seqlens_q,
         causal, length, hole, first, count, branches, k_scale, v_scale,
     )  # fmt: skip
-
-
-def dense(x: Tensor | None) -> Tensor | None:
-    """With its last dimension contiguous, which is all that the kernel reads; the rest is free."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def nothing(q: Tensor, Dv: int, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import configurations
 from .decode_kernel import Shape
+from .layouts import FORMS, odd
 from .numerics import INTERPRETED, power_of_two
 
 CONFIGURATIONS = configurations.load("decode_attention")
 LOG2E = 1.4426950408889634
-FORMS = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 Pair = tuple[Any, Tensor | None]  # a number, as the schemas have it
 Key = tuple[str, int, int, str, str]
 CLEAR = ("clear", 32)
@@ -151,13 +151,6 @@ def make_plan(
         combine_entry=combine_entry,
         combine_rest=combine_rest,
     )
-
-
-def odd(x: Tensor) -> bool:
-    """Whether x is read by single elements: Triton asks 16 bytes of its address and 16 elements
-    of its strides."""
-    at = x.storage_offset() * x.itemsize if x.is_meta else x.data_ptr()
-    return at % 16 != 0 or any(s % 16 for s in x.stride()[:-1])
 
 
 def _row_strides(x: Tensor, packed: bool) -> tuple[int, ...]:

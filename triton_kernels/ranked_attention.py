@@ -25,9 +25,10 @@ from ..backends import BackendUnavailable
 from ..replay import launch
 from . import configurations
 from .devices import architecture, on_device_of, table_of
+from .layouts import FORMS, dense, odd
 from .numerics import INTERPRETED
 from .ranked_attend import attend
-from .ranked_layout import FORMS, block_of, dense, fixed_of, layout, single
+from .ranked_layout import block_of, fixed_of, layout
 from .ranked_plan import plan
 from .static_call import StaticCall
 
@@ -116,7 +117,7 @@ def launches(
     Nk = k_rank.shape[-1] if cu_seqlens_k is None else max_seqlen_k
     key = key_of(
         *(q.dtype, k.dtype == v.dtype == q.dtype, max(shape[-1], v.shape[-1])),
-        *(None if packed else Nq, arch, single(q, k, v)),
+        *(None if packed else Nq, arch, any(map(odd, (q, k, v)))),
     )
     entry = CONFIGURATIONS[key]
     fixed = fixed_of(
@@ -175,7 +176,7 @@ def key_of(
     """The table's key: dtypes (``same``: of the cache, too), queries in a tile, head dims, device.
 
     Nothing of the batch: the longest request of a packed one does not count (None).
-    ``odd``: read by single elements, see ``ranked_layout.single``.
+    ``odd``: read by single elements, see ``layouts.odd``.
     """
     kind = "single" if dtype == torch.float32 else "half" if same else "bytes"
     kind = "odd" if odd else kind

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .layouts import FORMS
 from .numerics import LOG2E
 from .ranked_steps import HEADER
 
 _LOG2E, _HEADER = LOG2E.value, HEADER.value
-FORMS = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 Layout = tuple[torch.Size, tuple[int, ...]] | None
 
 
@@ -169,23 +169,6 @@ def block_of(D: int) -> int:
 
 def layout(x: Tensor | None) -> Any:
     return None if x is None else (x.shape, x.stride())
-
-
-def dense(x: Tensor | None) -> Tensor | None:
-    """A vector whose entries follow each other: else a copy, which hardly anybody needs."""
-    return x if x is None or x.stride(0) == 1 else x.contiguous()
-
-
-def single(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether one of them is read by single elements: Triton asks 16 bytes of its address and 16
-    elements of its strides."""
-    at = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    return at % 16 != 0 or _odd(q.stride(), k.stride(), v.stride())
-
-
-@lru_cache(maxsize=256)
-def _odd(*strides: tuple[int, ...]) -> bool:
-    return any(s % 16 for x in strides for s in x[:-1])
 
 
 def by_row(x: Layout) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..replay import launch
 from . import configurations
 from .devices import on_device_of
+from .layouts import FORMS
 from .static_call import StaticCall
 from .write_kv_kernel import write
 
@@ -44,7 +45,6 @@ def write_kv(
     return q_out
 
 
-_FORMS = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 Pair = tuple[float, Tensor | None]  # a scale, as the schema has it
 
 
@@ -61,7 +61,7 @@ def arguments(
     B, N, H, D = k.shape
     Dv, Hq = v.shape[-1], 0 if q is None else q.shape[2]
     pages, page_size = k_cache.shape[:2]
-    forms = _FORMS.get(k_cache.dtype, 0), _FORMS.get(v_cache.dtype, 0)
+    forms = FORMS.get(k_cache.dtype, 0), FORMS.get(v_cache.dtype, 0)
     factors = [_scale(pair) for pair in (k_scale, v_scale)]
     given: dict[str, Any] = dict(
         k=k,
