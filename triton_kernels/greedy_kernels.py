@@ -14,12 +14,10 @@ from .law_rows import (
     token_log,
     token_value,
 )
-from .law_vectors import place_rows, read_laws
-from .thresholds import Source, lowest_kept, search_limits
-from .vocabulary import INFINITY, Edits, as_scalar, number, scale_of
+from .law_vectors import place_rows, read_floors, read_laws, read_sums
+from .vocabulary import INFINITY, number, scale_of
 
 EXACT, TOP_K, DISTANCE, TYPICAL = (tl.constexpr(n) for n in range(4))
-ROW_TILE = tl.constexpr(2048)  # entries of a row that are compared together
 RULES = ("exact", "top_k", "distance", "typical")
 
 
@@ -39,52 +37,25 @@ class Drafted(NamedTuple):
     FIRST_MATCH: Any
 
 
-@triton.jit(do_not_specialize=["count"])
-def row_limits(
-    target, numbers, drafted, limits, top_k, top_k_of, stride_top_k, count,
-    RULE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """limits fp32 [B, T]: a row's k-th largest logit, or its entropy -sum p log(p + 1e-5)."""
+@triton.jit(do_not_specialize=["count", "per"])
+def entropies(
+    target, numbers, drafted, sums, count, per, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """sums fp32 [B T, C]: what each chunk adds to its row's entropy -sum p log(p + 1e-5)."""
     b, i = tl.program_id(0) // target.R, tl.program_id(0) % target.R
     at, row, _present, inside = place(target, b, i)
     if inside & (i <= number(count, drafted.count_of, drafted.stride_count, b)):
         bits = row_bits(target, b, i)
         scale = scale_of(temperature_of(numbers, b))
         top, Z, _best, good = read_law(target, at, scale, BLOCK_C)
-        limit = tl.full([], 0.0, tl.float32)
         if good:
-            if RULE == TOP_K:
-                k = as_scalar(number(top_k, top_k_of, stride_top_k, b), tl.int64)
-                k = tl.maximum(k, 1)
-                none = tl.full([], float("-inf"), tl.float32)
-                limit = tl.where(top == INFINITY, top, none)  # beside +inf nothing counts
-                if k < target.V:
-                    tiles = tl.cdiv(target.V, ROW_TILE)
-                    source = Source(row, target.V, None, None, 0, 1, tiles)
-                    low, high = search_limits(good == 0, none, none, none, top)
-                    bound = k.to(tl.float32)
-                    limit = lowest_kept(
-                        source,
-                        Edits(target.allowed, bits),
-                        top,
-                        scale,
-                        none,
-                        1.0,
-                        0.0,
-                        bound,
-                        low,
-                        high,
-                        1,
-                        ROW_TILE,
-                    )
-            else:
-                for c in range(target.C):
-                    e = chunk_weights(
-                        target, row, bits, c * CHUNK, top, scale, -INFINITY, 0.0, -1, CHUNK
-                    )
-                    p = e / Z
-                    limit -= tl.sum(p * tl.log(p + 1e-5), 0)
-        tl.store(limits + at, limit)
+            first = tl.program_id(1) * per
+            for c in range(first, tl.minimum(first + per, target.C)):
+                p = chunk_weights(
+                    target, row, bits, c * CHUNK, top, scale, -INFINITY, 0.0, -1, CHUNK
+                )
+                p /= Z
+                tl.store(sums + at * target.C + c, -tl.sum(p * tl.log(p + 1e-5), 0))
 
 
 @triton.jit
@@ -106,14 +77,14 @@ def best_ids(target, b, i, mask):
 
 @triton.jit(do_not_specialize=["count"])
 def walk(
-    target, numbers, drafted, limits, scratch, tokens, num_accepted, path,
+    target, numbers, drafted, sums, scratch, tokens, num_accepted, path,
     count, width, distance, threshold, alpha,
     RULE: tl.constexpr, IDS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One request: which nodes pass the test of their parent's row, and the deepest walk of them.
 
     ``width``: of the results, a root and max_depth more. ``scratch`` int32 [B, BLOCK] is for
-    first_match alone.
+    first_match alone, ``sums`` of ``entropies`` for the typical rule.
     """
     b = tl.program_id(0)
     node = tl.arange(0, drafted.BLOCK)
@@ -152,12 +123,15 @@ def walk(
         known = tl.where(exists & good, token, -1)
         if RULE == TOP_K:
             x = token_value(target, row, bits, known)
-            floor = tl.load(limits + at, mask=exists & good, other=0.0)
+            floor, _mass = read_floors(target, at, exists & good, Z)
+            k = number(numbers.top_k, numbers.top_k_of, numbers.stride_top_k, b)
+            # k below 1 counts as 1, and beside +inf nothing passes
+            floor = tl.where((node * 0 + k < 1) | (top == INFINITY), top, floor)
             passes = exists & (x >= floor) & (x > -INFINITY)
         if RULE == TYPICAL:
             good = good & (node * 0 + t >= 0)
             score = token_log(target, row, bits, known, top, scale, Z)
-            entropy = tl.load(limits + at, mask=exists & good, other=0.0)
+            entropy = read_sums(sums, at, exists & good, target.C, BLOCK_C)
             p = tl.exp(score)
             typical = exists & (p > tl.minimum(alpha * tl.exp(-entropy), threshold))
             greedy = node * 0 + t == 0

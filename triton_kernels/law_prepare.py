@@ -184,13 +184,15 @@ def example(
     index: bool = False,
     reduced: bool = False,
     odd: bool = False,
+    wide: bool = False,
 ) -> tuple[LawRows, Numbers]:
-    """A law as real calls have it, on no device: for static reports."""
+    """A law as real calls have it, on no device: for static reports. The widest of common
+    vocabularies has 262144 tokens."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    B, R, V = 8, 5, 32000 if reduced else 128256
+    B, R, V = 8, 5, 32000 if reduced else 262144 if wide else 128256
     width = V + 1 if odd else V
     x = empty(B * R, width, dtype=dtype) if index else empty(B, R, width, dtype=dtype)
     x = x[..., 1:] if odd else x
@@ -217,6 +219,7 @@ STATIC = (  # a covering set of what laws can be
     (torch.float32, dict(probs=True, reduced=True)),
     (torch.bfloat16, dict(reduced=True, filtered=True)),
     (torch.bfloat16, dict(odd=True, filtered=True)),
+    (torch.bfloat16, dict(wide=True, filtered=True)),
 )
 
 

@@ -173,6 +173,7 @@ STATIC: tuple[tuple[torch.dtype, dict[str, bool], dict[str, bool], bool], ...] =
     (torch.float32, dict(), dict(probs=True, index=True), False),
     (torch.float32, dict(probs=True, allowed=True), dict(probs=True, reduced=True), True),
     (torch.bfloat16, dict(odd=True), dict(odd=True), True),
+    (torch.bfloat16, dict(wide=True, filtered=True), dict(wide=True), True),
 )
 
 

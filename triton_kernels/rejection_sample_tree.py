@@ -1,7 +1,7 @@
 """Verification of a draft tree by rejection sampling: launches of ``tree_walk`` and ``traversal``.
 
 From the root: one launch, with a reduced draft vocabulary a second. Leaf first: ``law_prepare`` for
-both laws together (one launch, two with filters), then two.
+both laws together (one launch, two with filters), then one.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from .law_rows import CHUNK, LawRows, Numbers, Pair, is_filtered, law_rows, numb
 from .numerics import power_of_two
 from .static_call import StaticCall
 from .supports import scratch_of
-from .traversal import NUMBERS, row_numbers
+from .traversal import NUMBERS
 from .traversal import leaf_first as leaf_first_kernel
 from .tree_residuals import FIELDS, Tree
 from .tree_walk import Outputs, walk
@@ -117,8 +117,6 @@ def rejection_sample_tree(
         if q is not None and leaf_first:
             prepare(p, p_numbers, B, count, 1, q, q_numbers, 1)
             rows = torch.empty((B, 2, T, int(NUMBERS)), dtype=torch.float32, device=device)
-            given_rows = number_arguments(arguments, rows)
-            launch(row_numbers, (B * T, 2), **given_rows, **CONFIGURATIONS[("numbers",)])
             arguments = leaf_first_arguments(arguments, rows, rule)
             launch(leaf_first_kernel, (B,), **arguments, **CONFIGURATIONS[leaf_first_key(arch)])
         else:
@@ -196,19 +194,12 @@ def leaf_first_key(arch: str) -> tuple[str, ...]:
     return ("leaf_first", "amd" if arch == "gfx942" else "nvidia")
 
 
-def number_arguments(shared: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    names = ("p", "q", "p_numbers", "q_numbers", "tree", "count", "T")
-    p, q = shared["p"], shared["q"]
-    blocks = dict(BLOCK_P=power_of_two(p.C), BLOCK_Q=power_of_two(q.C))
-    return dict({name: shared[name] for name in names}, rows=rows, **blocks)
-
-
 def leaf_first_arguments(shared: dict[str, Any], rows: Tensor, rule: str) -> dict[str, Any]:
     p, q = shared["p"], shared["q"]
     return dict(
         shared,
-        p=p._replace(stats=None, floors=None, search=None),
-        q=q._replace(stats=None, floors=None, search=None),
+        p=p._replace(search=None),
+        q=q._replace(search=None),
         rows=rows,
         WITHOUT=rule == "traversal_without_replacement",
         ROUNDS=shared["BLOCK_T"].bit_length() - 1,
@@ -218,7 +209,7 @@ def leaf_first_arguments(shared: dict[str, Any], rows: Tensor, rule: str) -> dic
 def example(
     rule: str, dtype: torch.dtype, target: dict[str, bool], draft: dict[str, bool], T: int = 64
 ) -> tuple[dict[str, Any], Tensor]:
-    """What ``shared_arguments`` makes of a call, on no device, and scratch of ``row_numbers``."""
+    """What ``shared_arguments`` makes of a call, on no device, and scratch of ``leaf_first``."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -253,10 +244,12 @@ PLAIN: dict[str, bool] = {}
 FILTERED = dict(filtered=True, index=True)
 ALL = dict(FILTERED, allowed=True)
 REDUCED = dict(reduced=True, filtered=True)
+WIDE = dict(wide=True, filtered=True)
 STATIC: tuple[tuple[str, torch.dtype, dict[str, bool], dict[str, bool]], ...] = (
     ("recursive", torch.bfloat16, PLAIN, PLAIN),
     ("recursive", torch.float32, ALL, FILTERED),
     ("recursive", torch.float16, dict(odd=True), dict(odd=True)),
+    ("recursive", torch.bfloat16, WIDE, WIDE),
     ("without_replacement", torch.bfloat16, ALL, FILTERED),
     ("without_replacement", torch.float32, dict(probs=True), dict(probs=True, reduced=True)),
     ("without_replacement", torch.bfloat16, PLAIN, REDUCED),
@@ -269,6 +262,7 @@ STATIC: tuple[tuple[str, torch.dtype, dict[str, bool], dict[str, bool]], ...] = 
     ("target_only", torch.float32, dict(probs=True), PLAIN),
     ("traversal", torch.bfloat16, PLAIN, PLAIN),
     ("traversal", torch.float32, ALL, FILTERED),
+    ("traversal", torch.bfloat16, WIDE, WIDE),
     ("traversal_without_replacement", torch.float16, dict(odd=True), dict(odd=True)),
     ("traversal_without_replacement", torch.float32, ALL, dict(probs=True)),
     ("traversal_without_replacement", torch.bfloat16, PLAIN, REDUCED),
@@ -284,8 +278,6 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
         if rule.startswith("traversal"):
             given = leaf_first_arguments(shared, rows, rule)
             yield StaticCall(leaf_first_kernel, leaf_first_key(arch), given, dtype, **more)
-            given = number_arguments(shared, rows)
-            yield StaticCall(row_numbers, ("numbers",), given, dtype, note=note)
         else:
             for law in ("p", "q"):
                 shared[law] = searched(shared[law], shared[law + "_numbers"], 8, arch)

@@ -1,22 +1,15 @@
 """Traversal verification, leaf first: a program takes one request.
 
-Every row of a node that exists counts, so ``law_prepare`` reads them all, ``row_numbers`` makes a
-row's few numbers of its chunks', and ``leaf_first`` starts from those. It tests the first leaf,
-climbs after a rejection, and stops at the first acceptance; a rejected leaf costs one pass over its
-parent's two rows.
+Every row of a node that exists counts, so ``law_prepare`` reads them all, and ``leaf_first`` begins
+by making each row's few numbers of its chunks'. It tests the first leaf, climbs after a rejection,
+and stops at the first acceptance; a rejected leaf costs one pass over its parent's two rows.
 """
 
 import triton
 import triton.language as tl
 
-from .law_rows import (
-    floor_of,
-    least_of,
-    place,
-    read_law,
-    row_bits,
-    temperature_of,
-)
+from .law_rows import least_of, place, row_bits, temperature_of
+from .law_vectors import place_rows, read_floors, read_laws
 from .tree_residuals import (
     Coins,
     Row,
@@ -40,37 +33,29 @@ from .vocabulary import NO_TOKEN, scale_of
 
 NUMBERS = tl.constexpr(6)  # of a row: top, Z, floor, mass, then int32: argmax, and what it is
 GOOD, BAD, ABSENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit(do_not_specialize=["count", "T"])
-def row_numbers(
-    p, q, p_numbers, q_numbers, rows, tree, count, T, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr
-):
-    """rows [B, 2, T, NUMBERS] of the target's row (program (b i, 0)) and the draft's."""
-    b, i = tl.program_id(0) // T, tl.program_id(0) % T
-    if i <= last_node(tree, count, b):
-        to = rows + ((b.to(tl.int64) * 2 + tl.program_id(1)) * T + i) * NUMBERS
-        if tl.program_id(1) == 0:
-            leave_numbers(p, p_numbers, b, i, to, BLOCK_P)
-        else:
-            leave_numbers(q, q_numbers, b, i, to, BLOCK_Q)
+AT_ONCE = tl.constexpr(2048)  # chunks whose numbers are read at once
 
 
 @triton.jit
-def leave_numbers(law, numbers, b, i, to, BLOCK_C: tl.constexpr):
-    at, _row, present, inside = place(law, b, i)
+def leave_numbers(law, numbers, b, last, rows, BLOCK_C: tl.constexpr):
+    """rows [T, NUMBERS] of a request's nodes up to ``last``, of the chunks of all their rows."""
     temperature = temperature_of(numbers, b)
-    kind = tl.where(present, BAD, ABSENT)
-    if inside:
-        top, Z, best, good = read_law(law, at, scale_of(temperature), BLOCK_C)
-        floor, mass = floor_of(law, at, Z)
-        tl.store(to, top)
-        tl.store(to + 1, Z)
-        tl.store(to + 2, floor)
-        tl.store(to + 3, tl.where(temperature == 0, 1.0, mass))
-        tl.store((to + 4).to(tl.pointer_type(tl.int32)), best)
-        kind = tl.where(good & (temperature >= 0), GOOD, BAD)
-    tl.store((to + 5).to(tl.pointer_type(tl.int32)), kind)
+    scale = scale_of(temperature)
+    for start in range(0, last + 1, AT_ONCE // BLOCK_C):
+        i = start + tl.arange(0, AT_ONCE // BLOCK_C)
+        at, _row, present, inside = place_rows(law, b, i)
+        exists = i <= last
+        top, Z, best, good = read_laws(law, at, inside & exists, scale, BLOCK_C)
+        floor, mass = read_floors(law, at, good, Z)
+        heat = i * 0 + temperature
+        kind = tl.where(good & (heat >= 0), GOOD, tl.where(present, BAD, ABSENT))
+        to = rows + i * NUMBERS
+        tl.store(to, top, mask=exists)
+        tl.store(to + 1, Z, mask=exists)
+        tl.store(to + 2, floor, mask=exists)
+        tl.store(to + 3, tl.where(heat == 0, 1.0, mass), mask=exists)
+        tl.store(whole(to, 4), best, mask=exists)
+        tl.store(whole(to, 5), kind, mask=exists)
 
 
 @triton.jit
@@ -125,7 +110,7 @@ def leaf_first(
     BLOCK_T: tl.constexpr,
     ROUNDS: tl.constexpr,  # 2**ROUNDS = BLOCK_T
 ):
-    """rows: from ``row_numbers``; the other arguments are those of ``walk``."""
+    """rows: scratch fp32 [B, 2, T, NUMBERS]; the other arguments are those of ``walk``."""
     b = tl.program_id(0).to(tl.int64)
     coins = Coins(draws, seed, offset, positions)
     limit = last_node(tree, count, b)
@@ -133,6 +118,10 @@ def leaf_first(
     greedy = temperature_of(p_numbers, b) == 0
     p_rows = rows + b * 2 * T * NUMBERS
     q_rows = p_rows + T * NUMBERS
+    last = tl.minimum(limit, T - 1).to(tl.int32)
+    leave_numbers(p, p_numbers, b, last, p_rows, BLOCK_C)
+    leave_numbers(q, q_numbers, b, last, q_rows, BLOCK_C)
+    tl.debug_barrier()  # what threads have written, others read
 
     # the nodes that exist: those whose ancestors all do, found by doubling
     inside = (i == 0) | ((i < T) & (i <= limit))

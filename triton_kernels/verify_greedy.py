@@ -1,7 +1,7 @@
 """Greedy verification of chains and trees: the target's rows once, then a program a request.
 
-The rules top_k and typical need a threshold of each row that is tested, which takes a launch
-between. Target ids need one launch in all.
+The rule top_k takes the filters' second read for its thresholds, typical a second read for the
+entropies, whose p needs the row's total first: a launch between. Target ids need one launch in all.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from ..backends import BackendUnavailable
 from ..replay import launch
 from . import configurations
 from .devices import architecture, on_device_of, table_of
-from .greedy_kernels import RULES, Drafted, row_limits, walk
+from .greedy_kernels import RULES, Drafted, entropies, walk
 from .law_prepare import CHUNK, example, prepare
 from .law_rows import LawRows, law_rows, numbers_of, pair
 from .numerics import power_of_two
 from .static_call import StaticCall
-from .vocabulary import plain
+from .vocabulary import chunks_a_program, plain
 
 CONFIGURATIONS = configurations.load("verify_greedy")
 
@@ -63,29 +63,30 @@ def verify_greedy(
         return tokens, num_accepted, path
     # other rules read the argmax alone, whatever the temperature
     heat = (temperature, temperature_tensor) if rule == "typical" else (1.0, None)
-    numbers = numbers_of(heat, (0, None), (1.0, None), (0.0, None))
+    kept = (max(top_k, 1), top_k_tensor) if rule == "top_k" else (0, None)
+    numbers = numbers_of(heat, kept, (1.0, None), (0.0, None))
     ids = not target.is_floating_point()
     law = target_ids(target, row_index, T) if ids else None
     if law is None:
-        law = law_rows(target, None, row_index, allowed, B, T, False)
+        law = law_rows(target, None, row_index, allowed, B, T, rule == "top_k")
     scratch = num_accepted
     if first_match:
         scratch = torch.empty((B, drafted.BLOCK.value), dtype=torch.int32, device=device)
-    limits = None
+    sums = None
     block_c = 1 if ids else power_of_two(law.C)
     with on_device_of(draft_tokens):
         if not ids:
             prepare(law, numbers, B, (num_drafts, num_drafts_tensor), 1)
-        if rule in ("top_k", "typical"):
-            limits = torch.empty((B, T), dtype=torch.float32, device=device)
+        if rule == "typical":
+            sums = torch.empty((B * T, law.C), dtype=torch.float32, device=device)
+            per = chunks_a_program(B * T, law.C)
             launch(
-                row_limits, (B * T,), law, numbers, drafted, limits,
-                *pair(top_k, top_k_tensor), num_drafts, RULES.index(rule),
-                BLOCK_C=block_c, **CONFIGURATIONS[("limits", arch)],
+                entropies, (B * T, -(-law.C // per)), law, numbers, drafted, sums, num_drafts, per,
+                BLOCK_C=block_c, **CONFIGURATIONS[("entropies", arch)],
             )  # fmt: skip
         launch(
-            walk, (B,), law, numbers, drafted, limits, scratch, tokens, num_accepted, path,
-            num_drafts, width, distance if rule == "distance" else 0,
+            walk, (B,), law._replace(search=None), numbers, drafted, sums, scratch,
+            tokens, num_accepted, path, num_drafts, width, distance if rule == "distance" else 0,
             posterior_threshold, posterior_alpha, RULES.index(rule), ids, block_c,
             **entry,
         )  # fmt: skip
@@ -143,32 +144,36 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def calls(T: int, rule: str, *, ids: bool = False, more: bool = False) -> Iterator[StaticCall]:
+    def calls(
+        T: int, rule: str, *, ids: bool = False, more: bool = False, wide: bool = False
+    ) -> Iterator[StaticCall]:
         B = 8
         dtype = torch.int64 if ids else torch.bfloat16
-        law, numbers = example(torch.bfloat16, allowed=more, index=more)
+        options = dict(filtered=rule == "top_k", allowed=more, index=more, wide=wide)
+        law, numbers = example(torch.bfloat16, **options)
         if ids:
             law = target_ids(empty(B, T, dtype=dtype), empty(B, T) if more else None, T)
         law = law._replace(R=T)
         count = empty(B) if more else None
         drafted = drafted_of(empty(B, T, dtype=torch.int64), empty(B, T), count, T, more)
         block_c = 1 if ids else power_of_two(law.C)
+        sums = empty(B * T, law.C, dtype=torch.float32)
         common: dict[str, Any] = dict(
             target=law, numbers=numbers, drafted=drafted, count=T - 1, BLOCK_C=block_c,
-            RULE=RULES.index(rule), limits=empty(B, T, dtype=torch.float32),
+            sums=sums if rule == "typical" else None,
         )  # fmt: skip
-        note = f"{rule} T={T}" + " ids" * ids + " allowed index first_match" * more
-        if rule in ("top_k", "typical"):
-            given = dict(common, top_k=3, top_k_of=count, stride_top_k=0)
+        note = f"{rule} T={T}" + " ids" * ids + " allowed index first_match" * more + " wide" * wide
+        if rule == "typical":
+            given = dict(common, per=2)
             streamed = 2 * CHUNK
             yield StaticCall(
-                row_limits, ("limits", table_of(arch)), given, dtype, streamed=streamed, note=note
+                entropies, ("entropies", table_of(arch)), given, dtype, streamed=streamed, note=note
             )
         entry = max(power_of_two(T), 64)
         given = dict(
-            common, scratch=empty(B, entry), tokens=empty(B, T, dtype=torch.int64),
-            num_accepted=empty(B), path=empty(B, T), width=9, distance=0, threshold=0.3,
-            alpha=0.09, IDS=ids,
+            common, target=law._replace(search=None), scratch=empty(B, entry),
+            tokens=empty(B, T, dtype=torch.int64), num_accepted=empty(B), path=empty(B, T),
+            width=9, distance=0, threshold=0.3, alpha=0.09, RULE=RULES.index(rule), IDS=ids,
         )  # fmt: skip
         yield StaticCall(walk, (entry, table_of(arch)), given, dtype, note=note)
 
@@ -178,4 +183,6 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
     yield from calls(64, "distance", ids=True, more=True)
     for rule in ("exact", "top_k", "typical"):
         yield from calls(64, rule, more=True)
-    yield from calls(1024, "typical", more=True)
+    for rule in ("top_k", "typical"):
+        yield from calls(1024, rule, more=True)
+        yield from calls(64, rule, more=True, wide=True)

@@ -691,6 +691,30 @@ MUTANTS = [
         "tests/triton/test_rejection_sample_tree.py -k draws_are_those",
         INTERPRETED,
     ),
+    Mutant(
+        "rows' numbers of the first turn alone",
+        "triton_kernels/traversal.py",
+        "i = start + tl.arange(0, AT_ONCE // BLOCK_C)",
+        "i = tl.arange(0, AT_ONCE // BLOCK_C)",
+        "tests/triton/test_rejection_sample_tree.py -k few_rows",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a top-k verdict that lets finite logits pass beside +inf",
+        "triton_kernels/greedy_kernels.py",
+        "floor = tl.where((node * 0 + k < 1) | (top == INFINITY), top, floor)",
+        "floor = tl.where(node * 0 + k < 1, top, floor)",
+        IN_GREEDY + " -k limits",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the argmax of a row's last chunks",
+        "triton_kernels/law_vectors.py",
+        "best = tl.where(high > top, lowest, best)",
+        "best = lowest",
+        IN_GREEDY + " -k few_chunks",
+        INTERPRETED,
+    ),
     # chains, greedy verdicts and coupling in Triton
     Mutant(
         "no barrier between a chain's sums and their reader, where a program has all of them",

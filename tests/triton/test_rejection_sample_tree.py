@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 import pydecode
@@ -130,6 +131,15 @@ def test_random_trees(rule: str, kind: str) -> None:
     assert len(got[1].unique()) > 1
 
 
+def test_few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of many nodes: a leaf-first walk works out its rows' numbers in several turns."""
+    from pydecode.triton_kernels import traversal
+
+    monkeypatch.setattr(traversal, "AT_ONCE", tl.constexpr(4))
+    for kind in ("filters", "packed"):
+        agree(random_case(9, 8, 7, "traversal", kind))
+
+
 @pytest.mark.parametrize(("V", "dtype"), [(127, torch.float16), (9001, BF16)])
 @pytest.mark.parametrize("rule", RULES)
 def test_vocabularies(rule: str, V: int, dtype: torch.dtype) -> None:
@@ -210,7 +220,8 @@ def test_a_request_is_alone_in_any_batch(rule: str) -> None:
         ("recursive", dict(top_p=0.9, temperature=0.0), ["walk"]),
         ("k_seq", dict(draft_vocab=torch.arange(5)), ["index_vocab", "walk"]),
         ("target_only", {}, ["walk"]),
-        ("traversal", {}, ["chunk_laws", "row_numbers", "leaf_first"]),
+        ("traversal", {}, ["chunk_laws", "leaf_first"]),
+        ("traversal", dict(top_k=3), ["chunk_laws", "row_floors", "leaf_first"]),
     ],
 )
 def test_launches(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton_cases import MORE, chance, one_of
 
@@ -69,9 +70,38 @@ def test_decides_as_the_reference(turn: int, rule: str) -> None:
         assert torch.equal(x, y)
 
 
+def test_top_k_at_its_limits() -> None:
+    """Beside +inf nothing passes, however large k; a k below 1 is 1; k >= V: all but -inf do."""
+    inf = torch.inf
+    target = torch.tensor([[1.0, inf, 0], [3, 2, 1], [3, -inf, 1]])[:, None].repeat(1, 2, 1)
+    for token, want in ((0, [0, 1, 1]), (1, [1, 0, 0]), (2, [0, 0, 1])):
+        tokens = torch.full((3, 1), token)
+        for backend in ("reference", "triton"):
+            got = pydecode.verify_greedy(
+                tokens, target, rule="top_k", top_k=torch.tensor([5, -1, 3]), backend=backend
+            )
+            assert got.num_accepted.tolist() == want
+
+
+@pytest.mark.parametrize("rule", ["exact", "top_k", "typical"])
+def test_few_chunks_at_once(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for many nodes and a large vocabulary: the chunks' numbers are read in several turns."""
+    from pydecode.triton_kernels import law_vectors
+
+    monkeypatch.setattr(law_vectors, "TILE", tl.constexpr(64))  # one chunk of each node
+    target = torch.randn(2, 4, 13001)
+    target[1, 2, 9000] = torch.nan
+    tokens = target.nan_to_num(-9).argmax(-1)[:, :3]
+    given: dict[str, Any] = dict(rule=rule, top_k=5, posterior_threshold=1e-5)
+    want = pydecode.verify_greedy(tokens, target, **given, backend="reference")
+    got = pydecode.verify_greedy(tokens, target, **given, backend="triton")
+    assert torch.equal(got.tokens, want.tokens)
+    assert got.num_accepted.tolist() == [3, 0]
+
+
 @pytest.mark.parametrize("T", [65, 300])
 def test_larger_trees(T: int) -> None:
-    """Whose rows are combined chunk by chunk from 512 nodes on, and siblings in several turns."""
+    """Whose siblings are compared in several turns."""
     V = 6
     parents = torch.arange(T)[None] // 3 - 1
     parents[0, 0] = -1
