@@ -4,6 +4,8 @@ import pytest
 import torch
 from sure_tree import PARENTS, RULES, SAMPLED, SURE, TOKENS, outcome, run, sure_target
 
+import pydecode
+
 TOP_DOWN = ["recursive", "without_replacement", "k_seq", "target_only"]
 NAN, INF = torch.nan, torch.inf
 UNDECIDED = ([-1], [-1])
@@ -147,3 +149,23 @@ def test_a_zero_residual_falls_back_to_p(rule: str, backend: str) -> None:
     assert outcome(out) == ([3, 3], [0, 1])
     out = run(law[:, :3], draft_logits=law[:, :3], num_drafts=1, **chained)  # node 1 is a leaf
     assert outcome(out) == ([3, 3], [0, 1])
+
+
+@pytest.mark.parametrize("rule", ["without_replacement", "traversal_without_replacement"])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
+def test_draft_ids_beyond_the_vocabulary(order: list[int], rule: str, backend: str) -> None:
+    """What a reduced vocabulary has beyond the target's is no part of q' once a child is rejected:
+    q'(1) = 1 then, against p'(1) = 0.05 / 0.85."""
+    target = torch.tensor([[[0.05, 0.15, 0.8]]]).log().repeat(1, 3, 1)
+    draft = torch.tensor([0.1, 0.1, 0.8]).log()[order].repeat(1, 3, 1)
+    out = pydecode.rejection_sample_tree(
+        target,
+        torch.tensor([[0, 0, 1]]),
+        torch.tensor([[-1, 0, 0]]),
+        draft_logits=draft,
+        draft_vocab=torch.tensor([0, 1, 3])[order],
+        uniforms=torch.tensor([[0.3, 0.6, 0.3, 0.5]]),
+        rule=rule,
+        backend=backend,
+    )
+    assert outcome(out) == ([2], [0])

@@ -352,7 +352,8 @@ def residual(
         b_p, b_q = laws_chunk(p, q, P, Q, tree, b, T, head, count, start, WITHOUT, CHUNK)
         masses = tl.where(o_c == c, tl.sum(tl.maximum(a * b_p - b_q, 0.0), 0), masses)
         if WITHOUT:
-            rest += tl.where(start + tl.arange(0, CHUNK) == token, 0.0, b_q)
+            v = start + tl.arange(0, CHUNK)  # a reduced vocabulary may have ids beyond the target's
+            rest += tl.where((v == token) | (v >= p.V), 0.0, b_q)
     return masses, tl.sum(rest, 0)
 
 

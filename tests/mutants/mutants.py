@@ -715,6 +715,14 @@ MUTANTS = [
         IN_GREEDY + " -k few_chunks",
         INTERPRETED,
     ),
+    Mutant(
+        "a draft's ids beyond the vocabulary as a part of what is left of its law",
+        TREE_RESIDUALS,
+        "tl.where((v == token) | (v >= p.V), 0.0, b_q)",
+        "tl.where(v == token, 0.0, b_q)",
+        IN_TREE_EDGES + " -k beyond",
+        INTERPRETED,
+    ),
     # chains, greedy verdicts and coupling in Triton
     Mutant(
         "no barrier between a chain's sums and their reader, where a program has all of them",

@@ -9,6 +9,7 @@ from test_rejection_sample_tree_edges import (  # noqa: F401
     test_a_bad_request_hurts_no_other,
     test_a_zero_residual_falls_back_to_p,
     test_bad_draft_rows,
+    test_draft_ids_beyond_the_vocabulary,
     test_nodes_that_do_not_exist,
     test_nothing_fits,
     test_target_only_reads_no_draft_law,
