@@ -59,6 +59,8 @@ def random_case(B: int, T: int, V: int, rule: str, kind: str) -> Case:
     u = torch.rand(B, T + 1)
     for value in (0.0, 1 - 2**-24, -1.0, torch.nan):
         u[torch.rand(B, T + 1) < 0.04] = value
+    if rule == "k_seq":  # at its best rho, entries of the residual are 0 but for rounding, which
+        u[:, -1] = 0.001 + 0.998 * torch.rand(B)  # a last coin of 0 or 1 finds
     kwargs: dict[str, Any] = dict(
         rule=rule,
         temperature=torch.tensor([0.0, 0.7, 1.0, 1.5])[torch.randint(4, (B,))],
@@ -126,8 +128,7 @@ def test_random_trees(rule: str, kind: str) -> None:
     if rule == "target_only" and kind in ("reduced", "delta"):
         pytest.skip("target_only reads no draft law")
     otherwise, got = agree(random_case(9, 8, 7, rule, kind))
-    # at its best rho, entries of k_seq's residual are 0 but for rounding, which a coin of 0 finds
-    assert otherwise <= (3 if rule == "k_seq" else 1)
+    assert otherwise <= 1
     assert len(got[1].unique()) > 1
 
 
