@@ -22,7 +22,8 @@ from .static_call import StaticCall
 from .supports import scratch_of
 from .traversal import NUMBERS
 from .traversal import leaf_first as leaf_first_kernel
-from .tree_residuals import FIELDS, Tree
+from .tree_residuals import FIELDS
+from .tree_rows import Tree
 from .tree_walk import Outputs, walk
 from .vocabulary import plain
 

@@ -10,22 +10,18 @@ import triton.language as tl
 
 from .law_rows import least_of, place, row_bits, temperature_of
 from .law_vectors import place_rows, read_floors, read_laws
-from .tree_residuals import (
+from .tree_residuals import draw_left, laws_at, laws_chunk, record, residual
+from .tree_rows import (
     Coins,
     Row,
-    draw_left,
     draw_whole,
     following,
     id_of,
     last_coin,
     last_node,
-    laws_at,
-    laws_chunk,
     log_of,
     node_coin,
     read_nodes,
-    record,
-    residual,
     token_of,
 )
 from .tree_walk import finish

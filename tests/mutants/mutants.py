@@ -645,7 +645,7 @@ MUTANTS = [
     ),
     Mutant(
         "a zero residual that does not fall back to p",
-        "triton_kernels/tree_walk.py",
+        "triton_kernels/tree_rules.py",
         "record(tree, b, T, child, 1.0, tl.where(S > 0, S, -1.0), spent, sibling)",
         "record(tree, b, T, child, 1.0, tl.where(S > 0, S, 1.0), spent, sibling)",
         IN_TREE_EDGES + " -k zero_residual",
@@ -653,7 +653,7 @@ MUTANTS = [
     ),
     Mutant(
         "a token tried twice that counts twice",
-        "triton_kernels/tree_walk.py",
+        "triton_kernels/tree_rules.py",
         "s += fresh",
         "s += e",
         IN_TREE_LAWS + " -k target_only-binary",
@@ -661,7 +661,7 @@ MUTANTS = [
     ),
     Mutant(
         "the residual of k_seq less all that p and q share",
-        "triton_kernels/tree_walk.py",
+        "triton_kernels/tree_rules.py",
         "tl.minimum(b_q, b_p / rho) * share",
         "tl.minimum(b_q, b_p / rho)",
         IN_TREE_LAWS + " -k k_seq-star",
@@ -685,7 +685,7 @@ MUTANTS = [
     ),
     Mutant(
         "the last token's draw from the stream of accept tests",
-        TREE_RESIDUALS,
+        "triton_kernels/tree_rows.py",
         "        RESAMPLE, coins.draws",
         "        ACCEPT, coins.draws",
         "tests/triton/test_rejection_sample_tree.py -k draws_are_those",
@@ -787,8 +787,8 @@ MUTANTS = [
     Mutant(
         "a chunk's sum not rescaled to the row's top",
         "triton_kernels/law_vectors.py",
-        "Z = tl.sum(s * weights(t, top[:, None], scale), 1)",
-        "Z = tl.sum(s, 1)",
+        "total = tl.sum(sums * weights(tops, top[:, None], scale), 1)",
+        "total = tl.sum(sums, 1)",
         IN_CHAINS + " -k long_rows",
         INTERPRETED,
     ),
@@ -866,7 +866,7 @@ MUTANTS = [
     ),
     Mutant(
         "a walk's histograms of the row before",
-        TREE_RESIDUALS,
+        "triton_kernels/tree_rows.py",
         "leave_counts(counts_of(own, law.C, c), x, top)",
         "leave_counts(counts_of(own, law.C, 0), x, top)",
         IN_THRESHOLDS + " -k walk",
