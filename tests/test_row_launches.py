@@ -58,6 +58,13 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], int]] = {
              confidence="neg_entropy"),
         3,
     ),
+    "filtered gumbel": (
+        pydecode.sample_and_score,
+        (logits(),),
+        dict(seed=SEEDS, temperature=EACH, top_k=5, top_p=EACH, min_p=0.1, filter_order="joint",
+             sampler="gumbel"),
+        3,
+    ),
     "unmask": (
         pydecode.unmask,
         (TOKENS, logits()),

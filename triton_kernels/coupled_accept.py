@@ -15,11 +15,11 @@ from torch import Tensor
 from ..replay import launch
 from . import configurations
 from .devices import architecture, on_device_of, table_of
+from .gumbel import noisiest, perturbed
+from .law_arguments import pair
 from .law_prepare import CHUNK
-from .law_rows import pair
 from .numerics import power_of_two
 from .philox import DRAFT, chunk_gumbel
-from .row_chunks import noisiest, perturbed
 from .rows import keys_of, offset_of, per_request, position_of, seed_of
 from .static_call import StaticCall
 from .vocabulary import INFINITY, NO_TOKEN, as_scalar, chunks_a_program, load_chunk, number, top_of

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .law_rows import pair
+from .law_arguments import pair
 from .philox import key_of, uniform
 from .vocabulary import as_scalar, number
 

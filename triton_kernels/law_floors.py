@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .law_rows import least_of, place, read_law, row_bits, temperature_of
-from .supports import narrow, resolve, row_scratch
+from .narrowing import narrow
+from .supports import resolve, row_scratch
 from .thresholds import sought
 from .vocabulary import Edits, number, scale_of
 

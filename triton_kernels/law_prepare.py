@@ -16,20 +16,9 @@ from ..replay import launch
 from . import configurations
 from .devices import architecture, table_of
 from .histograms import leave_counts
+from .law_arguments import CHUNK, LawRows, Numbers, Pair, law_rows, numbers_of, pair
 from .law_floors import row_floors
-from .law_rows import (
-    CHUNK,
-    LawRows,
-    Numbers,
-    Pair,
-    law_rows,
-    numbers_of,
-    pair,
-    place,
-    raw_chunk,
-    row_bits,
-    temperature_of,
-)
+from .law_rows import place, raw_chunk, row_bits, temperature_of
 from .numerics import power_of_two
 from .static_call import StaticCall
 from .supports import chunks_to_narrow, counts_of, row_scratch

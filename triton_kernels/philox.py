@@ -47,6 +47,14 @@ def chunk_gumbel(STREAM: tl.constexpr, key, offset, position, start, CHUNK: tl.c
 
 
 @triton.jit
+def gumbel_at(STREAM: tl.constexpr, key, offset, position, index):
+    """``chunk_gumbel`` of any entries: a counter each, of whose four words they take one."""
+    x0, x1, x2, x3 = words(STREAM, key, offset, position, (index // 4).to(tl.int64))
+    word = index % 4
+    return gumbel_of(tl.where(word < 2, tl.where(word == 0, x0, x1), tl.where(word == 2, x2, x3)))
+
+
+@triton.jit
 def gumbel_of(x):
     """A word as Gumbel noise."""
     # 1 - u' rounds to 1 for small u', and u' to 1 for large ones: take the side that is exact

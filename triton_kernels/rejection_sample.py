@@ -17,8 +17,8 @@ from . import configurations
 from .chain_kernels import Chains, Outputs, block_sums, decide
 from .devices import architecture, on_device_of, table_of
 from .draws import draws_of
+from .law_arguments import LawRows, Numbers, is_filtered, law_rows, numbers_of
 from .law_prepare import CHUNK, example, prepare
-from .law_rows import LawRows, Numbers, is_filtered, law_rows, numbers_of
 from .numerics import power_of_two
 from .static_call import StaticCall
 from .vocabulary import chunks_a_program

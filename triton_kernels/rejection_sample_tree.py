@@ -15,8 +15,8 @@ from ..replay import launch
 from . import configurations, law_prepare
 from .devices import architecture, on_device_of
 from .draws import Draws, draws_of
+from .law_arguments import CHUNK, LawRows, Numbers, Pair, is_filtered, law_rows, numbers_of, pair
 from .law_prepare import describe, prepare, prepare_vocab
-from .law_rows import CHUNK, LawRows, Numbers, Pair, is_filtered, law_rows, numbers_of, pair
 from .numerics import power_of_two
 from .static_call import StaticCall
 from .supports import scratch_of

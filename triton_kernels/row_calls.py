@@ -64,6 +64,9 @@ def examples() -> dict[str, dict[str, Any]]:
         "gumbel": dict(temperature=0.5, sampler="gumbel", **bias),
         "filtered": dict(each, **filters, confidence="neg_entropy", tempered=True),
         "filtered gumbel": dict(each, **filters, sampler="gumbel", filter_order="joint"),
+        "filtered gumbel entropy": dict(
+            each, **filters, **bias, sampler="gumbel", confidence="neg_entropy", tempered=True
+        ),
     }
 
 
@@ -130,7 +133,8 @@ def reads(
 
 
 def reread(call: RowCall, dtype: torch.dtype) -> int:
-    """Bytes of the chunk that a drawn token lies in; nothing is drawn from the others."""
+    """Bytes of the chunk that a drawn token lies in, or of one that keeps something of a row whose
+    brackets do not hold its floor; nothing is read of the others."""
     energy = call.options["CONFIDENCE"] == 2 and call.options["TEMPERED"]
     again = call.key == "filtered" and (energy or call.options["SAMPLER"] == 2)
     return CHUNK * dtype.itemsize if call.options["SAMPLER"] == 1 or again else 0

@@ -8,20 +8,18 @@ import triton
 import triton.language as tl
 
 from . import configurations
+from .gumbel import Gumbel, noisiest_of_chunk
 from .histograms import leave_counts
 from .law_rows import temperature_of
 from .numerics import LOG2E
-from .philox import DRAFT, chunk_gumbel
 from .rows import edits_at, locate, offset_of, position_of, row_at, seed_of
 from .supports import counts_of, row_scratch
 from .thresholds import sought
 from .vocabulary import (
     INFINITY,
-    LARGEST,
-    NO_TOKEN,
-    SMALLEST,
     Edits,
     admitted,
+    energy_of,
     leave,
     scale_of,
     top_of,
@@ -34,21 +32,6 @@ FIELDS = tl.constexpr(8)
 # besides top, sum of e at temperature 1, and argmax
 TEMPERED_SUM, SECOND, ENERGY = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
 NOISY, NOISY_AT = tl.constexpr(6), tl.constexpr(7)
-
-
-@triton.jit
-def energy_of(x, e, top, scale):
-    """Sum of e(v) log2 e(v): the entropy, but for the mass."""
-    return tl.sum(tl.where((e > 0) & (x < top), e * ((x - top) * scale), 0.0), 0)
-
-
-@triton.jit
-def perturbed(x, top, temperature, noise):
-    """(x - top) / T + g; only the top has noise added to 0 where x or T is infinite."""
-    t = tl.where(temperature > 0, temperature, 1.0)
-    inverse = tl.maximum(tl.minimum(1.0 / t, LARGEST), SMALLEST)
-    value = tl.where(x == top, 0.0, (x - top) * inverse)
-    return tl.where(x > -INFINITY, value + noise, -INFINITY)
 
 
 @triton.jit(do_not_specialize=["place", "changes", "numbers", "keys", "per"])
@@ -119,24 +102,9 @@ def row_chunks(
                 if HAS_ENERGY and ENERGY_TEMPERED:
                     tl.store(own + ENERGY * rows.C, energy_of(x, e_t, top, scale))
             if HAS_NOISE:
-                noise = chunk_gumbel(
-                    DRAFT,
-                    seed_of(keys, b, PER_REQUEST),
-                    offset_of(keys, b),
-                    position_of(keys, b, i),
-                    start,
-                    CHUNK,
-                )
-                value, at_value = noisiest(x, top, temperature, noise, start, CHUNK)
+                seed, offset = seed_of(keys, b, PER_REQUEST), offset_of(keys, b)
+                gumbel = Gumbel(seed, offset, position_of(keys, b, i), temperature)
+                value, at_value = noisiest_of_chunk(x, top, gumbel, start, CHUNK)
                 tl.store(own + NOISY * rows.C, value)
                 where = (own + NOISY_AT * rows.C).to(tl.pointer_type(tl.int32))
                 tl.store(where, at_value)
-
-
-@triton.jit
-def noisiest(x, top, temperature, noise, start, CHUNK: tl.constexpr):
-    """(largest perturbed value less the top, its lowest index) of a chunk."""
-    at = start + tl.arange(0, CHUNK)
-    value = perturbed(x, top, temperature, noise)
-    largest = tl.max(value, 0)
-    return largest, tl.min(tl.where(value == largest, at, NO_TOKEN), 0)

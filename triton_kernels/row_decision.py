@@ -3,20 +3,12 @@
 import triton
 import triton.language as tl
 
+from .gumbel import Gumbel, largest_of, perturbed
 from .law_rows import least_of, temperature_of
 from .numerics import LN2, LOG2E
-from .philox import DRAFT, RANDOM_CONFIDENCE, chunk_gumbel, uniform
-from .row_chunks import (
-    ENERGY,
-    FIELDS,
-    NOISY,
-    NOISY_AT,
-    SECOND,
-    TEMPERED_SUM,
-    energy_of,
-    noisiest,
-    perturbed,
-)
+from .philox import DRAFT, RANDOM_CONFIDENCE, uniform
+from .row_chunks import ENERGY, FIELDS, NOISY, NOISY_AT, SECOND, TEMPERED_SUM
+from .row_survivors import survivors
 from .rows import entry, offset_of, position_of, seed_of
 from .supports import FLOOR, KEPT, field_of, row_scratch, surviving
 from .vocabulary import (
@@ -82,10 +74,9 @@ def decide(
     CHUNK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(token, confidence, lse, whether the row has a law) of a row that was read.
-
-    Filters with Gumbel noise or a tempered entropy read once more the chunks that keep something.
-    """
+    """(token, confidence, lse, whether the row has a law) of a row that was read."""
+    HAS_NOISE: tl.constexpr = FILTERED and SAMPLER == GUMBEL
+    HAS_ENERGY: tl.constexpr = FILTERED and TEMPERED and CONFIDENCE == NEG_ENTROPY
     C, V = rows.C, rows.V
     edits = Edits(
         changes.allowed, begin[0], changes.bias_ids, begin[1], changes.bias, begin[2],
@@ -121,34 +112,23 @@ def decide(
                 masses = tl.load(field_of(own, C, KEPT) + o_c, mask=o_c < C, other=0.0)
                 floor = tl.load(own.to(tl.pointer_type(tl.float32)) + FLOOR)
                 least = least_of(numbers, b)
-                if SAMPLER == GUMBEL or (TEMPERED and CONFIDENCE == NEG_ENTROPY):
-                    largest = tl.full([], float("-inf"), tl.float32)
-                    for c in range(C):
-                        if tl.max(tl.where(o_c == c, masses, 0.0), 0) > 0:
-                            x = admitted(row, edits, c * CHUNK, V, CHUNK)
-                            e = surviving(x, top, scale, floor, least)
-                            if TEMPERED and CONFIDENCE == NEG_ENTROPY:
-                                energy += energy_of(x, e, top, scale)
-                            if SAMPLER == GUMBEL:
-                                noise = chunk_gumbel(
-                                    DRAFT, seed, offset, position, c * CHUNK, CHUNK
-                                )
-                                x = tl.where(e > 0, x, -INFINITY)
-                                value, at = noisiest(x, top, temperature, noise, c * CHUNK, CHUNK)
-                                if temperature > 0:
-                                    token = tl.where(value > largest, at, token)
-                                    largest = tl.maximum(largest, value)
+                if HAS_NOISE or HAS_ENERGY:
+                    noisy, energy = survivors(
+                        row, edits, V, C, own, masses, top, scale, floor, least,
+                        Gumbel(seed, offset, position, temperature),
+                        HAS_NOISE, HAS_ENERGY, CHUNK, BLOCK_C,
+                    )  # fmt: skip
+                    if HAS_NOISE:
+                        token = tl.where(temperature > 0, noisy, token)
         left = tl.sum(masses, 0)
 
         # the token
         if SAMPLER == GUMBEL and not FILTERED:
             values = field(line, NOISY, C, float("-inf"), BLOCK_C)
             values = perturbed(tops, top, temperature, values)
-            largest = tl.max(values, 0)
             places = (line + NOISY_AT * C).to(tl.pointer_type(tl.int32)) + o_c
-            at = tl.load(places, mask=o_c < C, other=NO_TOKEN)
-            at = tl.min(tl.where(values == largest, at, NO_TOKEN), 0)
-            token = tl.where(temperature > 0, at, token)
+            _largest, noisy = largest_of(values, tl.load(places, mask=o_c < C, other=NO_TOKEN))
+            token = tl.where(temperature > 0, noisy, token)
         if SAMPLER == INVERSE_CDF:  # noqa: SIM102
             if temperature > 0:
                 u = draw_of(keys, seed, offset, position, b, i)
@@ -172,7 +152,7 @@ def decide(
                 e = weights(x, top, sharpness)
             confidence = (1.0 - e) / mass
         elif CONFIDENCE == NEG_ENTROPY:
-            if not (FILTERED and TEMPERED):
+            if not HAS_ENERGY:
                 sums_of = chunk_sums(line, C, HAS_TEMPERED and TEMPERED, BLOCK_C)
                 energy = merged_energy(line, tops, sums_of, top, sharpness, C, BLOCK_C)
             confidence = energy * LN2 / mass - tl.log(mass)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..replay import launch
 from .devices import architecture
-from .law_rows import Numbers, is_filtered, numbers_of
+from .law_arguments import Numbers, is_filtered, numbers_of
 from .numerics import power_of_two
 from .row_chunks import CHUNK, CONFIGURATIONS, FIELDS, row_chunks
 from .row_decision import CONFIDENCES, SAMPLERS
@@ -85,7 +85,7 @@ def row_call(
         numbers,
         keys_of(seed, seed_tensor, offset, offset_tensor, positions, uniforms),
         torch.empty(count * FIELDS.value * rows.C + extra, dtype=torch.float32, device=device),
-        scratch_of(count, rows.C, device) if filtered else None,
+        scratch_of(count, rows.C, device, tokens=sampler == "gumbel") if filtered else None,
         dict(
             common,
             HAS_SECOND=confidence == "margin",
@@ -143,14 +143,20 @@ def chunk_arguments(call: RowCall, finished: Tensor | None, per: int) -> dict[st
 
 def support_arguments(call: RowCall, per: int) -> dict[str, Any]:
     names = ("TEMPERED", "JOINT", "HAS_TEMPERED", "BLOCK_C")
+    noise = call.options["SAMPLER"] == SAMPLERS["gumbel"]
+    entropy = call.options["CONFIDENCE"] == CONFIDENCES["neg_entropy"]
     return dict(
         rows=call.rows,
         place=call.place,
         changes=call.changes,
         numbers=call.numbers,
+        keys=call.keys if noise else None,
         stats=call.stats,
         search=call.search,
         per=per,
+        HAS_NOISE=noise,
+        HAS_ENERGY=entropy and call.options["TEMPERED"],
+        PER_REQUEST=noise and call.options["PER_REQUEST"],
         **{name: call.options[name] for name in names},
     )
 

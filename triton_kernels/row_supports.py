@@ -3,33 +3,40 @@
 import triton
 import triton.language as tl
 
+from .gumbel import Gumbel
 from .law_rows import least_of, temperature_of
+from .narrowing import narrow
 from .numerics import LOG2E
 from .row_chunks import FIELDS, TEMPERED_SUM
-from .rows import edits_at, locate, row_at
-from .supports import narrow, resolve, row_scratch
+from .rows import edits_at, locate, offset_of, position_of, row_at, seed_of
+from .supports import resolve, row_scratch
 from .thresholds import sought
 from .vocabulary import INFINITY, Edits, rescale, row_of, scale_of
 
 
-@triton.jit(do_not_specialize=["place", "changes", "numbers", "per"])
+@triton.jit(do_not_specialize=["place", "changes", "numbers", "keys", "per"])
 def row_supports(
     rows,
     place,
     changes,
     numbers,
+    keys,
     stats,
     search,
     per,
     TEMPERED: tl.constexpr,
     JOINT: tl.constexpr,
     HAS_TEMPERED: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    HAS_ENERGY: tl.constexpr,
+    PER_REQUEST: tl.constexpr,
     CHUNK: tl.constexpr,
     PART: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """What the filters keep of row program_id(0), left in ``search``: ``per`` chunks a program, of
-    which the last one to be done resolves the thresholds."""
+    which the last one to be done resolves the thresholds. HAS_NOISE, HAS_ENERGY: for
+    ``row_survivors``; without the former ``keys`` is None."""
     r = tl.program_id(0)
     b, i, _inside, line, read = locate(rows, place, r)
     if read:
@@ -58,9 +65,14 @@ def row_supports(
             k, share = sought(numbers, b, V)
             least = least_of(numbers, b)
             first = tl.program_id(1) * per
+            gumbel = None
+            if HAS_NOISE:
+                seed, offset = seed_of(keys, b, PER_REQUEST), offset_of(keys, b)
+                gumbel = Gumbel(seed, offset, position_of(keys, b, i), temperature)
             k_low, k_high, p_low, p_high = narrow(
                 row, edits, V, C, own, tops, sums, numbers, top, Z, scale, least, k, share,
                 first, tl.minimum(first + per, C), JOINT, CHUNK, PART,
+                gumbel, HAS_NOISE, HAS_ENERGY,
             )  # fmt: skip
             # all stores of this program come before the count, all others' before what follows it
             tl.debug_barrier()

@@ -2,7 +2,7 @@
 
 ``row_chunks`` leaves a few numbers a chunk; ``row_choices`` combines them and, where a token is
 drawn, reads the one chunk again that it lies in. Between them, with filters, ``row_supports`` finds
-their thresholds in a second read.
+their thresholds in a second read, and the noisiest entries and the entropy of what they leave.
 """
 
 from typing import Any

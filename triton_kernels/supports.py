@@ -2,12 +2,13 @@
 
 ``histograms.brackets`` says between which values top-k's and top-p's thresholds lie. ``narrow``
 reads chunks once: of each it leaves what lies above a bracket, counted and weighed, and the entries
-inside. ``resolve``, by the row's last program, has the threshold from those alone, and what each
-chunk keeps. Where a bracket does not hold its threshold, or a chunk has more entries inside than
-there is room for, it searches the row itself; so supports are exact whatever the histograms say.
+inside (it has a file of its own, ``narrowing``). ``resolve``, by the row's last program, has the
+threshold from those alone, and what each chunk keeps. Where a bracket does not hold its threshold,
+or a chunk has more entries inside than there is room for, it searches the row itself; so supports
+are exact whatever the histograms say.
 
-Scratch of a row, in words of 32 bits: HEADER of the row, FIELDS numbers a chunk, histograms, and
-candidates of two brackets.
+Scratch of a row, in words of 32 bits: HEADER of the row, FIELDS numbers a chunk, histograms,
+candidates of two brackets and, where they are asked for, the candidates' tokens.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .histograms import WORDS, brackets
+from .histograms import WORDS
 from .thresholds import (
     CANDIDATES,
     TILE,
@@ -27,16 +28,19 @@ from .thresholds import (
     search_limits,
     weight_from,
 )
-from .vocabulary import INFINITY, admitted, rescale, weights
+from .vocabulary import INFINITY, admitted, weights
 
 HEADER = tl.constexpr(16)
-FLOOR, MASS = tl.constexpr(1), tl.constexpr(2)  # in the header, after the number of arrivals
+# in the header, after the number of arrivals; the last one is a bracket that holds the floor and is
+# known whole, or -1
+FLOOR, MASS, KNOWN = (tl.constexpr(n) for n in range(1, 4))
 # of a chunk: the mass that all filters keep; where one program reads all, the first read's top and
 # sum; then of each bracket what lies above it (its mass, what of that min-p keeps, how many entries
-# it is), and how many lie inside
-FIELDS = tl.constexpr(16)  # 11 of them in use
+# it is), how many lie inside, and of what min-p keeps above it the energy and the noisiest entry
+FIELDS = tl.constexpr(20)  # 17 of them in use
 KEPT, TOP, SUM, BRACKET = (tl.constexpr(n) for n in range(4))
-ABOVE, ABOVE_KEPT, COUNT, INSIDE = (tl.constexpr(n) for n in range(4))
+ABOVE, ABOVE_KEPT, COUNT, INSIDE, ENERGY, NOISIEST, TOKEN = (tl.constexpr(n) for n in range(7))
+OF_BRACKET = tl.constexpr(7)
 
 
 class Scratch(NamedTuple):
@@ -47,8 +51,9 @@ class Scratch(NamedTuple):
     apart: Any = tl.constexpr(False)  # that one program's search is a function of its own
 
 
-def scratch_of(rows: int, C: int, device: torch.device) -> Scratch:
-    size = int(HEADER) + C * (int(FIELDS) + int(WORDS) + 2 * int(CANDIDATES))
+def scratch_of(rows: int, C: int, device: torch.device, *, tokens: bool = False) -> Scratch:
+    """``tokens``: with room for those of the candidates."""
+    size = int(HEADER) + C * (int(FIELDS) + int(WORDS) + (4 if tokens else 2) * int(CANDIDATES))
     return Scratch(torch.empty((rows, size), dtype=torch.int32, device=device), size)
 
 
@@ -84,82 +89,34 @@ def values_of(own, C, s):
 
 
 @triton.jit
-def narrow(
-    row, edits, V, C, own, tops, sums, numbers, top, Z, scale, least, k, share, first, last,
-    JOINT: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """Reads chunks first .. last - 1, PART of one at a time; (the brackets): see above.
-
-    tops, sums: pointers to the first read's of all chunks, the latter under ``scale``.
-    """
-    counts = counts_of(own, C, 0)
-    k_low, k_high, p_low, p_high = brackets(counts, tops, C, V, top, Z, scale, k, share, JOINT)
-    lowest = tl.minimum(k_low, p_low)
-    unfiltered = (k == 0) & (share == 1) & (least == 0)
-    FIRST: tl.constexpr = 1 if numbers.top_k is None else 0
-    for c in range(first, last):
-        chunk_top = tl.load(tops + c)
-        here = field_of(own, C, 0) + c
-        if unfiltered | (chunk_top < lowest):
-            # all of the chunk is kept, or nothing
-            mass = tl.where(unfiltered, tl.load(sums + c) * rescale(chunk_top, top, scale), 0.0)
-            none = tl.zeros([], tl.int32)
-            leave_bracket(here, C, 0, mass, mass, none, none)
-            leave_bracket(here, C, 1, mass, mass, none, none)
-        else:
-            for s in range(FIRST, 2):
-                narrow_chunk(
-                    row, edits, V, C, own, top, scale, least, c, s,
-                    tl.where(s == 0, k_low, p_low), tl.where(s == 0, k_high, p_high), CHUNK, PART,
-                )  # fmt: skip
-    return k_low, k_high, p_low, p_high
+def tokens_of(own, C, s):
+    """Pointer to their tokens."""
+    return own + HEADER + C * (s * CANDIDATES + (FIELDS + WORDS + 2 * CANDIDATES))
 
 
 @triton.jit
-def narrow_chunk(
-    row, edits, V, C, own, top, scale, least, c, s, low, high,
-    CHUNK: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    """What a chunk has to do with bracket s."""
-    mass, left = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
-    count, inside = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    if low < INFINITY:
-        found = values_of(own, C, s) + c * CANDIDATES
-        for start in range(c * CHUNK, tl.minimum((c + 1) * CHUNK, V), PART):
-            x = admitted(row, edits, start, V, PART)
-            e = tl.where(x >= high, weights(x, top, scale), 0.0)
-            mass += tl.sum(e, 0)
-            left += tl.sum(tl.where(e >= least, e, 0.0), 0)
-            count += tl.sum(tl.where(x >= high, 1, 0), 0)
-            within = tl.where((x >= low) & (x < high), 1, 0)
-            more = tl.sum(within, 0)
-            if more > 0:
-                slot = inside + tl.cumsum(within, 0) - 1
-                tl.store(found + slot, x, mask=(within > 0) & (slot < CANDIDATES))
-            inside += more
-    leave_bracket(field_of(own, C, 0) + c, C, s, mass, left, count, inside)
+def bracket_words(own, C, FIELD: tl.constexpr, s):
+    """Pointer to one int32 of each chunk about bracket s."""
+    return own + HEADER + C * (s * OF_BRACKET + (BRACKET + FIELD))
 
 
 @triton.jit
-def leave_bracket(here, C, s, mass, kept, count, inside):
-    tl.store(here + C * (4 * s + (BRACKET + ABOVE)), mass)
-    tl.store(here + C * (4 * s + (BRACKET + ABOVE_KEPT)), kept)
-    tl.store(here + C * (4 * s + (BRACKET + COUNT)), count.to(tl.float32))
-    whole = here.to(tl.pointer_type(tl.int32))
-    tl.store(whole + C * (4 * s + (BRACKET + INSIDE)), inside)
+def bracket_field(own, C, FIELD: tl.constexpr, s):
+    """The same, fp32."""
+    return bracket_words(own, C, FIELD, s).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
 def sum_of(own, C, FIELD: tl.constexpr, s, BLOCK_C: tl.constexpr):
     """A number of bracket s over all chunks."""
     c = tl.arange(0, BLOCK_C)
-    return tl.sum(tl.load(field_of(own, C, BRACKET + FIELD) + 4 * s * C + c, mask=c < C, other=0.0))
+    return tl.sum(tl.load(bracket_field(own, C, FIELD, s) + c, mask=c < C, other=0.0))
 
 
 @triton.jit
 def inside_of(own, C, s):
     """Pointer to how many entries of each chunk lie inside bracket s."""
-    return own + HEADER + C * (BRACKET + INSIDE) + 4 * s * C
+    return bracket_words(own, C, INSIDE, s)
 
 
 @triton.jit
@@ -225,10 +182,10 @@ def resolve(
     s = tl.where(by_p, 1, 0)
     kept = tl.zeros([BLOCK_C], tl.float32)
     if by_p | by_k:
-        above = field_of(own, C, BRACKET + ABOVE_KEPT) + 4 * s * C
-        kept += tl.load(above + c, mask=c < C, other=0.0)
+        kept += tl.load(bracket_field(own, C, ABOVE_KEPT, s) + c, mask=c < C, other=0.0)
         for n in range(tl.cdiv(most_inside(own, C, s, BLOCK_C), SLOTS)):
-            x = candidate_tile(values_of(own, C, s), inside_of(own, C, s), C, n, BLOCK_C, SLOTS)
+            inside = inside_of(own, C, s)
+            x = candidate_tile(values_of(own, C, s), inside, C, n, -INFINITY, BLOCK_C, SLOTS)
             kept += tl.sum(surviving(x, top, scale, floor, least), 1)
     else:
         for start in range(0, V, PART):
@@ -240,6 +197,7 @@ def resolve(
     header = own.to(tl.pointer_type(tl.float32))
     tl.store(header + FLOOR, floor)
     tl.store(header + MASS, total)
+    tl.store(own + KNOWN, tl.where(by_p | by_k, s, -1))
     return floor, total
 
 

@@ -32,13 +32,13 @@ class Source(NamedTuple):
 
 
 @triton.jit
-def candidate_tile(values, inside, C, n, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr):
-    """[BLOCK_C, SLOTS] candidates of all chunks; -inf where there is none."""
+def candidate_tile(values, inside, C, n, nothing, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr):
+    """[BLOCK_C, SLOTS] candidates of all chunks; ``nothing`` where there is none."""
     c, slot = tl.arange(0, BLOCK_C), tl.arange(0, SLOTS) + n * SLOTS
     count = tl.load(inside + c, mask=c < C, other=0)
     at = c[:, None] * CANDIDATES + slot[None, :]
     there = (slot[None, :] < count[:, None]) & (slot[None, :] < CANDIDATES)
-    return tl.load(values + at, mask=there, other=float("-inf"))
+    return tl.load(values + at, mask=there, other=nothing)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def tile_of(source, edits, n, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr):
     if source.found is None or source.whole:
         x = admitted(source.row, edits, n * SIZE, source.V, SIZE)
     else:
-        x = candidate_tile(source.found, source.inside, source.C, n, BLOCK_C, SLOTS)
+        x = candidate_tile(source.found, source.inside, source.C, n, -INFINITY, BLOCK_C, SLOTS)
         x = tl.reshape(x, [SIZE])
     return x
 

@@ -16,8 +16,8 @@ from ..replay import launch
 from . import configurations
 from .devices import architecture, on_device_of, table_of
 from .greedy_kernels import RULES, Drafted, entropies, walk
+from .law_arguments import LawRows, law_rows, numbers_of, pair
 from .law_prepare import CHUNK, example, prepare
-from .law_rows import LawRows, law_rows, numbers_of, pair
 from .numerics import power_of_two
 from .static_call import StaticCall
 from .vocabulary import chunks_a_program, plain

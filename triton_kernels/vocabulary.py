@@ -119,6 +119,12 @@ def weights(x, top, scale):
 
 
 @triton.jit
+def energy_of(x, e, top, scale):
+    """Sum of e(v) log2 e(v): the entropy, but for the mass."""
+    return tl.sum(tl.where((e > 0) & (x < top), e * ((x - top) * scale), 0.0), 0)
+
+
+@triton.jit
 def rescale(tops, top, scale):
     """What a chunk's sum is worth when the row's top is ``top``."""
     return weights(tops, top, scale)

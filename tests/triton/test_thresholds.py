@@ -43,7 +43,7 @@ def found(x: Tensor, joint: bool = False, per: int | None = None, **given: Any) 
         words[:, 1].view(torch.float32),
         words[:, 2].view(torch.float32),
         numbers[:, 0].view(torch.float32),
-        numbers[:, [at, at + 4]],
+        numbers[:, [at, at + int(supports.OF_BRACKET)]],
     )
 
 
