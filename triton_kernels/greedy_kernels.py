@@ -142,7 +142,7 @@ def walk(
         mine = tl.where(passes, parent, -1)
         tl.store(scratch + b * drafted.BLOCK + node, mine)
         tl.debug_barrier()
-        AT_ONCE: tl.constexpr = 4096 // drafted.BLOCK
+        AT_ONCE: tl.constexpr = 2048 // drafted.BLOCK
         for start in range(0, T, AT_ONCE):
             other = start + tl.arange(0, AT_ONCE)
             theirs = tl.load(scratch + b * drafted.BLOCK + other, mask=other < T, other=-1)
