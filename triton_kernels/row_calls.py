@@ -85,6 +85,8 @@ def any_calls() -> Iterator[StaticCall]:
     index = empty(B, L, dtype=torch.int32)
     yield from sample_calls(BF16, "packed", {}, row_index=index)
     yield from sample_calls(BF16, "odd stride", dict(temperature=1.0), odd=True)
+    for name in ("sampled", "filtered gumbel entropy"):
+        yield from sample_calls(BF16, name + " wide", examples()[name], vocab=262144)
     for dtype, top_p in ((BF16, 0.9), (BF16, 1.0), (FP32, 0.9), (FP32, 1.0)):
         call = embed_call(empty(B, L, V, dtype=dtype), B * L, top_p, None)
         note = f"{str(dtype).removeprefix('torch.')} soft_embed top_p={top_p}"
@@ -104,9 +106,10 @@ def sample_calls(
     row_index: Tensor | None = None,
     probs: bool = False,
     odd: bool = False,
+    vocab: int = V,
 ) -> Iterator[StaticCall]:
     shape = (B * L,) if row_index is not None else (B, L)
-    logits = empty(*shape, V + odd, dtype=dtype)[..., :V]
+    logits = empty(*shape, vocab + odd, dtype=dtype)[..., :vocab]
     call = call_of(logits, row_index, probs, B * L, *sampling(**given))
     note = f"{str(dtype).removeprefix('torch.')} {name}"
     yield from reads(call, dtype, None, note, odd)
