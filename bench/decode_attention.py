@@ -15,8 +15,8 @@ B, CONTEXT = 8, 8192
 
 
 def tuned_by(key: Hashable, table: str | None = None) -> Workload | None:
-    """A tree over pages, over a dense cache, in a window, or (fp32) with odd strides; ``table``:
-    default this GPU's."""
+    """A tree over pages, over a dense cache, in a window, or with odd strides; ``table``: default
+    this GPU's."""
     assert isinstance(key, tuple)
     if key[0] == "clear":  # writes nothing that is worth a measurement
         return None
@@ -31,8 +31,8 @@ def tuned_by(key: Hashable, table: str | None = None) -> Workload | None:
     def make(device: torch.device) -> Inputs:
         args, kwargs = plain.make(device)
         more: dict[str, Any] = dict(window_size=CONTEXT) if how == "rich" else {}
-        if how == "rich" and kind == "fp32":
-            args, more = (torch.nn.functional.pad(args[0], (0, 1))[..., :d], *args[1:]), {}
+        if how == "odd":
+            args = torch.nn.functional.pad(args[0], (0, 1))[..., :d], *args[1:]
         if how == "whole":
             q, k_cache, v_cache, *rows = args
             k_cache, v_cache = (x.view(B, CONTEXT, *x.shape[2:]) for x in (k_cache, v_cache))

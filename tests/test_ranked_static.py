@@ -28,6 +28,7 @@ def calls():
         for dtype, cache in ((BF16, None), (BF16, E4M3), (FP32, None)):
             more = dict(k_scale_tensor=scale, v_scale_tensor=scale) if cache else {}
             yield example(555, D, dtype, cache=cache, step=3, **more)
+            yield example(9, D, dtype, cache=cache, step=3, **more)
     yield example(3000, page_size=16, mask=empty(1, 3000, 64, dtype=torch.int64))
     yield example(300, mask=empty(8, 300, 4096, dtype=torch.bool))
     yield example(1025, packed=True, strict=True, cu_seqlens_q=empty(9))

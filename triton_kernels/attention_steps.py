@@ -1,7 +1,7 @@
 """What the decode kernel does tile by tile: functions that it inlines.
 
 Scores stay raw (q k^T, capped if there is a softcap), and ``scale`` > 0 turns them into base 2:
-p = 2^(scale * (s - max)). A negative softmax scale is q's sign, see ``decode_attention``.
+p = 2^(scale * (s - max)). A softmax scale's SIGN is theirs.
 """
 
 import triton
@@ -67,6 +67,20 @@ def place_full(t, o_n, table, b, num_pages, PAGE: tl.constexpr, BN: tl.constexpr
 
 
 @triton.jit
+def at_rows(rows, mapped, LEAN: tl.constexpr):
+    """Where a tile's rows lie and which are mapped, as they are. LEAN: by way of a reduction, which
+    leaves them in shared memory. A thread that reads an element of each row would work out all of
+    them for itself, and hold what it does so from."""
+    if LEAN:
+        o_n = tl.arange(0, rows.shape[0])
+        rows = tl.where((o_n[:, None] == o_n[None, :]) & mapped[None, :], rows[None, :], -1)
+        rows = tl.max(rows, 1)
+        mapped = rows >= 0
+        rows = tl.maximum(rows, 0)
+    return rows, mapped
+
+
+@triton.jit
 def read(x, rows, mapped, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[BN, BLOCK_D] from row offsets; 0 where not mapped (None: all are) and past D."""
     o_d = tl.arange(0, BLOCK_D)
@@ -104,8 +118,8 @@ def scores(
             b_k = tl.load(k + d + rows[:, None] + o_c[None, :], mask=seen, other=0)
             b_k = decoded(b_k, FORM, part.dtype)
             s = dot(part, tl.trans(b_k), s)
-        if SIGN != 1:
-            s = s * SIGN
+    if SIGN != 1:
+        s = s * SIGN
     if factor is not None:
         s = s * factor
     if CAPPED:

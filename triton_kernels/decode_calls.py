@@ -111,6 +111,13 @@ def variants(rows: int) -> dict[str, dict[str, Any]]:
         ),
         "odd strides": dict(odd=True, mask=bits(rows)),
         "odd strides, block, e5m2": dict(block, odd=True, cache=FP8[1:] * 2),
+        "odd strides, branch, causal, window of positions": dict(
+            branch, odd=True, causal=(True, None), window_size=99,
+            positions=numbers(B, 1, max(rows // 4, 1)), hole=(-1, numbers(B)),
+        ),
+        "odd strides, packed, mask, window, lse": dict(
+            odd=True, packed=True, mask=bits(rows, True), window_size=99, return_lse=True,
+        ),
         "window, positions, softcap, scale < 0": dict(
             window_size=99, positions=numbers(B, rows), softcap=30.0, softmax_scale=-0.1,
             sinks=sinks, mask=bits(rows),
@@ -135,11 +142,11 @@ ODD_DIMS = {64: (48, 32), 128: (80, 96), 256: (192, 160)}  # no powers of two, D
 def fits(more: dict[str, Any], key: tuple[Any, ...]) -> bool:
     """Whether the launcher takes this entry for that variant, see ``decode_plan.key_of``."""
     wide = key[2] > 128 and ("packed" in more or "cached" in more or more.get("op") == "branch")
-    rich = wide or "window_size" in more or "cache" in more or "odd" in more
-    if "odd" in more and key[1] > 16:
-        return False
+    rich = wide or "window_size" in more or "cache" in more
+    if "odd" in more or key[4] == "odd":
+        return "odd" in more and key[4] == "odd"
     if key[0] == "fp32":
-        return key[4] == ("rich" if "odd" in more else "gather")
+        return key[4] == "gather"
     return rich == (key[4] == "rich")
 
 
@@ -152,19 +159,22 @@ def calls(arch: str) -> Iterator[StaticCall]:
             yield from second_calls(key)
         elif key[3] == table and (arch == table or key[1:] == (64, 128, table, "rich")):
             kind, rows = torch.float32 if key[0] == "fp32" else half, ROWS[key[1]]
-            if key[4] != "rich":
+            if key[4] not in ("rich", "odd"):
                 yield call(key, kind, "", dict(mask=bits(rows)))
-            for _ in range(3 if key[4] == "rich" or key[0] == "fp32" else 1):
+            for _ in range(3 if key[4] in ("rich", "odd") or key[0] == "fp32" else 1):
                 some = [name for name in waiting if fits(variants(rows)[name], key)]
                 if some:
                     waiting.remove(some[0])
                     waiting.append(some[0])
-                    wide = key[1] == 128 or key[1::3] == (64, "rich")
+                    wide = key[1] == 128 or key[1::3] in ((64, "rich"), (64, "odd"))
                     many = MANY if wide and turn % 2 else rows
                     yield call(key, kind, some[0], variants(many)[some[0]], many)
-            if key[4] == "gather":
-                dims = dict(zip(("d", "dv"), ODD_DIMS[key[2]]))
-                yield call(key, torch.float16 if kind == half else kind, "D Dv", dims)
+            if key[4] in ("gather", "odd"):
+                dims: dict[str, Any] = dict(zip(("d", "dv"), ODD_DIMS[key[2]]))
+                note = "D Dv"
+                if key[4] == "odd":
+                    dims, note = dims | dict(odd=True), "odd strides, D Dv"
+                yield call(key, torch.float16 if kind == half else kind, note, dims)
 
 
 def call(
@@ -172,13 +182,13 @@ def call(
 ) -> StaticCall:
     _, m, width, arch, how = key
     entry, more = CONFIGURATIONS[key], dict(dict(d=width), **more)
-    gathers = how == "gather" or (how == "rich" and "packed" in more)
-    page = 0 if "odd" in more else 16 if gathers else 64
+    gathers = how == "gather" or (how in ("rich", "odd") and "packed" in more)
+    page = 0 if "odd" in more and "packed" not in more else 16 if gathers else 64
     plan, made = example(dtype, rows or ROWS[m], page=page, arch=arch, **more)
     assert plan.key == key, (plan.key, key)
     sizes = [c.itemsize for c in more.get("cache", (dtype, dtype))]
     multiplied = entry["BM"]
-    if arch == "sm_90" and "odd" not in more:  # no small tile may hide HMMA there
+    if arch == "sm_90":  # no small tile may hide HMMA there
         multiplied = (rows or ROWS[m]) * GROUP
     streamed = entry["BN"] * sum(map(int.__mul__, sizes, (more["d"], more.get("dv", more["d"]))))
     return StaticCall(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .attention_steps import (
+    at_rows,
     clamp,
     number_of,
     ones,
@@ -66,8 +67,11 @@ def decode(
     rows, branch_length, total, num_pages, max_pages, m_tiles, window,
     stride_table, stride_mask_b, stride_mask_n, stride_at_b, stride_at_c, stride_at_n,
     strides, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr = 0,
+    LEAN: tl.constexpr = False,
 ):  # fmt: skip
-    """q's rows are ``rows`` of a request, in BRANCHED calls ``branch_length`` a branch."""
+    """q's rows are ``rows`` of a request, in BRANCHED calls ``branch_length`` a branch. LEAN: for
+    tiles that fill the registers, see ``at_rows``; and full tiles pass for edges, or the numbers
+    of both loops would be held."""
     (
         stride_length, stride_hole, stride_first, stride_count, stride_branches, stride_causal,
         stride_ks_b, stride_ks_h, stride_vs_b, stride_vs_h,
@@ -115,8 +119,6 @@ def decode(
         b_q = tl.load(
             q_at[:, None] + o_d[None, :], mask=valid[:, None] & (o_d < S.D)[None, :], other=0
         )
-        if S.SIGN != 1:
-            b_q = (b_q * S.SIGN).to(b_q.dtype)
     dtype: tl.constexpr = q.dtype.element_ty
 
     # ---- what they see of the cache: [low, stop) less [hole_low, hole_high)
@@ -176,7 +178,9 @@ def decode(
     f0 = clamp(tl.cdiv(low_all, BN), s0, s1)
     f1 = clamp(stop // BN, f0, s1)
     e0, e1, g0, g1 = s1, s1, s1, s1
-    if S.BLOCK:
+    if LEAN:
+        f0, f1 = s1, s1
+    elif S.BLOCK:
         f1 = clamp(tl.minimum(hole_low, stop) // BN, f0, s1)
         e0 = clamp(tl.cdiv(tl.minimum(hole_low, stop), BN), f1, s1)
         e1 = clamp(hole_high // BN, e0, s1)
@@ -227,16 +231,17 @@ def decode(
         if S.BLOCK:
             seen = seen & ((o_k < hole_low) | (o_k >= hole_high))
         page, slot, seen = place(o_k, table, seen, b, num_pages, S.PAGE)
-        at_k = page * stride_k_p + slot * stride_k_s
+        at_k, mapped = at_rows(page * stride_k_p + slot * stride_k_s, seen, LEAN)
         b_s = scores(
-            b_q, q_at, valid, k_head, at_k, seen, k_factor, cap,
+            b_q, q_at, valid, k_head, at_k, mapped, k_factor, cap,
             S.CAPPED, S.SIGN, S.K_FORM, S.D, S.BLOCK_D, CHUNK,
         )  # fmt: skip
         sees = seen[None, :]
         if S.WINDOWED:
             sees = sees & (o_k[None, :] >= lowest[:, None])
         b_p, alpha, m, l = softmax_step(tl.where(sees, b_s, -float("inf")), m, l, scale)
-        b_v = read(v_head, page * stride_v_p + slot * stride_v_s, seen, S.DV, S.BLOCK_DV)
+        at_v, mapped = at_rows(page * stride_v_p + slot * stride_v_s, seen, LEAN)
+        b_v = read(v_head, at_v, mapped, S.DV, S.BLOCK_DV)
         b_v = decoded(b_v, S.V_FORM, dtype)
         if S.WINDOWED:
             acc = weigh_seen(acc * alpha[:, None], b_p, b_v, sees)
@@ -270,8 +275,9 @@ def decode(
             v_at = b * stride_rv_b + c_j.to(tl.int64) * stride_rv_c + i_j.to(tl.int64) * stride_rv_n
             if cu is not None:
                 k_at, v_at = (row0 + o_j) * stride_rk_n, (row0 + o_j) * stride_rv_n
+            k_at, mapped = at_rows(k_at, seen, LEAN)
             b_s = scores(
-                b_q, q_at, valid, k_rows + h * stride_rk_h, k_at, seen, None, cap,
+                b_q, q_at, valid, k_rows + h * stride_rk_h, k_at, mapped, None, cap,
                 S.CAPPED, S.SIGN, 0, S.D, S.BLOCK_D, CHUNK,
             )  # fmt: skip
         else:
@@ -279,9 +285,10 @@ def decode(
             seen = seen & (o_k >= 0) & (o_k < capacity)
             page, slot, seen = place(o_k, table, seen, b, num_pages, S.PAGE)
             v_at = page * stride_v_p + slot * stride_v_s
+            k_at, mapped = at_rows(page * stride_k_p + slot * stride_k_s, seen, LEAN)
             b_s = scores(
-                b_q, q_at, valid, k_head, page * stride_k_p + slot * stride_k_s, seen, k_factor,
-                cap, S.CAPPED, S.SIGN, S.K_FORM, S.D, S.BLOCK_D, CHUNK,
+                b_q, q_at, valid, k_head, k_at, mapped, k_factor, cap,
+                S.CAPPED, S.SIGN, S.K_FORM, S.D, S.BLOCK_D, CHUNK,
             )  # fmt: skip
         sees = seen[None, :] & valid[:, None]
         if mask is not None:
@@ -294,10 +301,11 @@ def decode(
         elif S.CAUSAL:
             sees = sees & (i[:, None] >= i_j[None, :])
         b_p, alpha, m, l = softmax_step(tl.where(sees, b_s, -float("inf")), m, l, scale)
+        v_at, mapped = at_rows(v_at, seen, LEAN)
         if k_rows is not None:
-            b_v = read(v_rows + h * stride_rv_h, v_at, seen, S.DV, S.BLOCK_DV)
+            b_v = read(v_rows + h * stride_rv_h, v_at, mapped, S.DV, S.BLOCK_DV)
         else:
-            b_v = decoded(read(v_head, v_at, seen, S.DV, S.BLOCK_DV), S.V_FORM, dtype)
+            b_v = decoded(read(v_head, v_at, mapped, S.DV, S.BLOCK_DV), S.V_FORM, dtype)
         acc = weigh_seen(acc * alpha[:, None], b_p, b_v, sees)
     if v_scale is not None and k_rows is None:
         acc = acc * v_factor
@@ -309,6 +317,8 @@ def decode(
     c, i, token = tl.zeros_like(r), r, row0 + r
     if S.BRANCHED:
         c, i = r // branch_length, r % branch_length
+    if LEAN and cu is None:
+        inside = r < rows
     HQ: tl.constexpr = S.HKV * S.G
     o_row = (token * HQ + head).to(tl.int64)
     o_lse = ((b * (rows // branch_length) + c) * HQ + head) * branch_length + i

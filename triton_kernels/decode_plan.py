@@ -30,14 +30,16 @@ def key_of(
     single: bool = False,
 ) -> Key:
     """(dtype's kind, M, head dim, architecture, how). How: "whole" if a tile's keys lie in one
-    page, else "gather"; "rich" calls need more registers than the tiles of those two leave.
-    single: what is read by single elements needs an address for each, so its tiles are small (on
-    sm_90, where 64 rows of halves else mean HGMMA, its halves are left to HMMA)."""
+    page, else "gather"; "rich" calls need more registers than the tiles of those two leave, and
+    "odd" ones (single: read by single elements) have an address for each. Their tiles are of 16
+    rows; on sm_90 more than 16 of halves have 64, which is the least that wgmma takes."""
     d = max(power_of_two(d), 64)
-    how = "rich" if rich or single else "whole" if page % 64 == 0 else "gather"
+    how = "odd" if single else "rich" if rich else "whole" if page % 64 == 0 else "gather"
     if dtype == torch.float32:
-        return "fp32", 16, d, arch, "gather" if rich and not single else how
-    m = 16 if m <= 16 or single else 64 if m <= 64 or rich else 128
+        return "fp32", 16, d, arch, "gather" if how == "rich" else how
+    if single:
+        return "half", 64 if m > 16 and arch == "sm_90" else 16, d, arch, how
+    m = 16 if m <= 16 else 64 if m <= 64 or rich else 128
     return "half", m, d, arch, how
 
 

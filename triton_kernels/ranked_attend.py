@@ -6,7 +6,7 @@ First the tiles of keys that need no test, then those that do; what is in no lis
 import triton
 import triton.language as tl
 
-from .attention_steps import softmax_step
+from .attention_steps import at_rows, softmax_step
 from .numerics import INTERPRETED, LN2, LOG2E, decoded, dot, narrowed, tanh
 from .ranked_steps import (
     HEADER,
@@ -23,15 +23,19 @@ from .ranked_steps import (
 
 @triton.jit
 def load_rows(
-    x, place, at, stride, c, real, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
-):
+    x, place, at, stride, c, real, D: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+    LEAN: tl.constexpr,
+):  # fmt: skip
     """[BN, WIDTH] of a tile's rows, x + place + at * stride, from dim c on; 0 where not ``real``,
     and past D.
 
     Of a tile that lies in one piece ``place`` is a number, else both are [BN].
     """
     d = c + tl.arange(0, WIDTH)
-    if place.shape == ():
+    if LEAN:
+        rows, real = at_rows(place + at.to(tl.int64) * stride, real, True)
+        where = x + rows[:, None] + d[None, :]
+    elif place.shape == ():
         where = x + place + ((at.to(tl.int64) * stride)[:, None] + d[None, :])
     else:
         where = x + (place + at * stride)[:, None] + d[None, :]
@@ -83,7 +87,7 @@ def bits_of(words, tile, o_m, o_n, BM: tl.constexpr, BN: tl.constexpr):
 def tile_scores(
     b_q, p_q, m_q, k, place, at, stride, real, factor, cap, D: tl.constexpr,
     BLOCK_D: tl.constexpr, STEP: tl.constexpr, FORM: tl.constexpr, CAPPED: tl.constexpr,
-    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LEAN: tl.constexpr,
 ):  # fmt: skip
     """q k^T of a tile, raw. STEP < BLOCK_D: by pieces of the head, q read again, since an fp32
     product keeps whole rows of both in registers.
@@ -93,8 +97,8 @@ def tile_scores(
         d = c + tl.arange(0, STEP)
         if STEP < BLOCK_D:
             b_q = tl.load(p_q[:, None] + d[None, :], mask=m_q[:, None] & (d < D)[None, :], other=0)
-        b_k = decoded(load_rows(k, place, at, stride, c, real, D, STEP, MASKED), FORM, b_q.dtype)
-        s = dot(b_q, tl.trans(b_k), s)
+        b_k = load_rows(k, place, at, stride, c, real, D, STEP, MASKED, LEAN)
+        s = dot(b_q, tl.trans(decoded(b_k, FORM, b_q.dtype)), s)
     if factor is not None:
         s = s * factor
     if CAPPED:
@@ -116,9 +120,10 @@ def attend(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
     STRICT: tl.constexpr, WINDOWED: tl.constexpr, MASK: tl.constexpr, CAPPED: tl.constexpr,
     K_FORM: tl.constexpr, V_FORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, LEAN: tl.constexpr = False,
 ):  # fmt: skip
-    """out[b, i, h] and lse[b, h, i] of one tile of queries and one head; see ``plan``."""
+    """out[b, i, h] and lse[b, h, i] of one tile of queries and one head; see ``plan``. LEAN: for
+    tiles that fill the registers, see ``at_rows``."""
     # heads that share keys side by side, then tiles, the longest (of causal ranks) first
     pid = tl.program_id(0)
     slot = slots - 1 - pid // GROUP % slots
@@ -169,11 +174,11 @@ def attend(
         )
         s = tile_scores(
             b_q, p_q, i < m_q, k, page * stride_k_b + start * stride_k_n, at, stride_k_n, real,
-            factor, cap, D, BLOCK_D, STEP, K_FORM, CAPPED, False, BM, BN,
+            factor, cap, D, BLOCK_D, STEP, K_FORM, CAPPED, False, BM, BN, LEAN,
         )  # fmt: skip
         p, alpha, m, l = softmax_step(s, m, l, scale)
         place = page * stride_v_b + start * stride_v_n
-        b_v = load_rows(v, place, at, stride_v_n, 0, real, DV, BLOCK_DV, False)
+        b_v = load_rows(v, place, at, stride_v_n, 0, real, DV, BLOCK_DV, False, LEAN)
         b_v = decoded(b_v, V_FORM, b_q.dtype)
         acc = dot(narrowed(p, b_v), b_v, acc * alpha[:, None])
 
@@ -182,7 +187,7 @@ def attend(
     low = tl.zeros([BM], tl.int32)
     if WINDOWED:
         low = lowest_seen(positions, b, first_q, i, m_q, n, window, stride_at_b, stride_at_n)
-    bad = tl.zeros([BN], tl.int32)
+    bad = tl.zeros([1 if LEAN else BN], tl.int32)
     for t in range(0, partial):
         j = tl.load(row + tiles_k - 1 - t) * BN + o_n
         page, start, at, real = place_keys(
@@ -190,7 +195,7 @@ def attend(
         )
         s = tile_scores(
             b_q, p_q, i < m_q, k, page * stride_k_b + start * stride_k_n, at, stride_k_n, real,
-            factor, cap, D, BLOCK_D, STEP, K_FORM, CAPPED, True, BM, BN,
+            factor, cap, D, BLOCK_D, STEP, K_FORM, CAPPED, True, BM, BN, LEAN,
         )  # fmt: skip
         if MASK == 0:
             rank_j = key_ranks(k_rank, b, first_k, j, real, stride_kr_b, stride_kr_n)
@@ -199,12 +204,14 @@ def attend(
             sees = bits_of(words, tl.min(j, 0) // BN, o_m, o_n, BM, BN)
         p, alpha, m, l = softmax_step(tl.where(sees, s, -float("inf")), m, l, scale)
         place = page * stride_v_b + start * stride_v_n
-        b_v = load_rows(v, place, at, stride_v_n, 0, real, DV, BLOCK_DV, True)
+        b_v = load_rows(v, place, at, stride_v_n, 0, real, DV, BLOCK_DV, True, LEAN)
         b_v = decoded(b_v, V_FORM, b_q.dtype)
         finite = tl.abs(b_v.to(tl.float32)) < float("inf")
         found = tl.max(1 - finite.to(tl.int32), 1)
         if INTERPRETED:  # elsewhere the loop below costs less than this
             found *= tl.max(sees.to(tl.int32), 0)
+        if LEAN:
+            found = tl.max(found, 0)
         bad = tl.maximum(bad, found)
         b_v = tl.where(finite, b_v, 0.0).to(b_v.dtype)
         acc = dot(narrowed(p, b_v), b_v, acc * alpha[:, None])
@@ -223,11 +230,14 @@ def attend(
             else:
                 sees = bits_of(words, tl.min(j, 0) // BN, o_m, j % BN, BM, BN)
             place = page * stride_v_b + start * stride_v_n
-            b_v = load_rows(v, place, at, stride_v_n, 0, real, DV, BLOCK_DV, True)
+            b_v = load_rows(v, place, at, stride_v_n, 0, real, DV, BLOCK_DV, True, False)
             x = decoded(b_v, V_FORM, b_q.dtype).to(tl.float32)
             acc = tl.where(sees & ~(tl.abs(x) < float("inf")), acc + x, acc)
 
     # results, base 2 until the lse
+    if LEAN:  # numbers of rows made anew, or registers would hold them: no compiler knows full >= 0
+        o_m = tl.arange(0, BM) + (full >> 31)
+        i = tile_q * BM + o_m
     top = tl.where(m == -float("inf"), m, m * scale)
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2E

@@ -10,8 +10,8 @@ A packed batch has total // BM + B tiles of queries at most, however long the lo
 first kernel finds out whose each of them is.
 
 Strides that 16 does not divide are right and slow: each element needs an address of its own, so
-whatever the dtype and however many the queries, tiles are 16 x 16 (the table's "odd"), and on sm_90
-their halves are multiplied by HMMA.
+whatever the dtype tiles are 16 x 16 (the table's "odd"); on sm_90 more than 16 queries of halves
+have 64 x 16, which is the least that wgmma takes.
 """
 
 from collections.abc import Iterator
@@ -182,6 +182,8 @@ def key_of(
     kind = "odd" if odd else kind
     head = max(64, block_of(head))
     rows = sorted(k[1] for k in CONFIGURATIONS if (k[0], *k[2:]) == (kind, head, arch))
+    if odd and dtype == torch.float32:
+        rows = rows[:1]  # those of 64 are for wgmma
     if not rows:
         raise BackendUnavailable(
             f"ranked_attention: 'triton' has no proven configuration of {kind}, {head}, {arch}"
@@ -212,7 +214,8 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
 
     table = table_of(arch)
     seen = set()
-    given = [(x, aligned, note, True) for x, aligned, note in examples(whole=arch == table)]
+    some = examples(whole=arch == table, few=arch == "sm_90")
+    given = [(x, aligned, note, True) for x, aligned, note in some]
     if arch == table:
         given += [(x, True, note, False) for x, note in masked()]
     for x, aligned, note, both in given:
@@ -229,7 +232,7 @@ def static_calls(arch: str) -> Iterator[StaticCall]:
                     yield StaticCall(plan, key, arguments, torch.int32, note=note)
             elif both:
                 m = CONFIGURATIONS[key]["BM"]
-                if arch == "sm_90" and key[0] != "odd":  # no small tile may hide HMMA there
+                if arch == "sm_90":  # no small tile may hide HMMA there
                     m = x["max_seqlen_q"] or x["q"].shape[1]
                 yield StaticCall(
                     attend, key, arguments, x["q"].dtype, m, aligned=aligned, note=note

@@ -93,10 +93,11 @@ def variants(N: int, D: int, kind: str, step: int = 0) -> Iterator[tuple[dict[st
 SIZES = {"half": (64, 4096), "bytes": (4096,), "single": (4096,)}
 
 
-def examples(whole: bool = True) -> Iterator[tuple[dict[str, Any], bool, str]]:
+def examples(whole: bool = True, few: bool = True) -> Iterator[tuple[dict[str, Any], bool, str]]:
     """Arguments, whether 16 bytes can be read at once, and a note: every entry with a plain call
     and another one, other ones in turn; all for heads of 128. So, too, odd strides of all dtypes.
-    Not ``whole``: of a target that reads another one's table, every entry once.
+    Not ``whole``: of a target that reads another one's table, every entry once. ``few``: odd
+    strides of so few queries that the table has other tiles for them.
     """
     for turn, (kind, D, N) in enumerate(entries(), 1):
         plain, *others = variants(N, D, kind)
@@ -110,6 +111,11 @@ def examples(whole: bool = True) -> Iterator[tuple[dict[str, Any], bool, str]]:
             yield call, False, f"odd strides, {kind} D={D} {note}"
     if not whole:
         return
+    for D, kind in product((64, 128, 256), ("half", "bytes")) if few else ():
+        call, note = next(variants(16, D, kind, step=1))
+        yield call, False, f"odd strides, {kind} D={D} {note}"
+    yield example(D=80, Dv=96, step=1), False, "odd strides, D=80 Dv=96"
+    yield example(D=192, Dv=160, step=1), False, "odd strides, D=192 Dv=160"
     yield example(mask=empty(B, 4096, S, dtype=torch.bool)), True, "bool"
     mask = empty(B * 4096, S // 64, dtype=torch.int64)
     yield example(packed=True, mask=mask), True, "packed bits"

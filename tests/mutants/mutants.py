@@ -44,6 +44,8 @@ IN_THRESHOLDS = "tests/triton/test_thresholds.py"
 RANKED_STEPS = "triton_kernels/ranked_steps.py"
 IN_RANKED = "tests/triton/test_ranked_attention.py"
 AT_RANKED = "tests/triton/test_ranked_edges.py"
+AT_ODD = "tests/triton/test_odd_strides.py"
+SURVIVORS, IN_SURVIVORS = "triton_kernels/row_survivors.py", "tests/triton/test_row_survivors.py"
 REPLAY, IN_REPLAY = "pydecode/replay.py", "tests/triton/test_replay.py"
 
 MUTANTS = [
@@ -865,6 +867,62 @@ MUTANTS = [
         INTERPRETED,
     ),
     Mutant(
+        "filtered rows read a third time",
+        SURVIVORS,
+        "if s >= 0:",
+        "if s >= 2:",
+        IN_SURVIVORS + " -k third",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a bracket that has no room for its entries taken as whole",
+        SUPPORTS,
+        "tl.where(by_p | by_k, s, -1)",
+        "tl.where(by_p | by_k, s, 1)",
+        IN_SURVIVORS + " -k tell",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a candidate's noise of its neighbour",
+        "triton_kernels/philox.py",
+        "word = index % 4",
+        "word = (index + 1) % 4",
+        IN_SURVIVORS + " -k third",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the energy above a bracket forgotten",
+        SURVIVORS,
+        "energy += sum_of(own, C, ENERGY, s, BLOCK_C)",
+        "energy += sum_of(own, C, ENERGY, s, BLOCK_C) * 0.0",
+        IN_SURVIVORS + " -k third",
+        INTERPRETED,
+    ),
+    Mutant(
+        "the noisiest of what min-p leaves out",
+        "triton_kernels/narrowing.py",
+        "noisy = tl.where(e > 0, x, -INFINITY)",
+        "noisy = tl.where(x >= high, x, -INFINITY)",
+        IN_SURVIVORS + " -k third",
+        INTERPRETED,
+    ),
+    Mutant(
+        "of equally noisy tokens the last one",
+        "triton_kernels/gumbel.py",
+        "((other == value) & (other_token < token))",
+        "((other == value) & (other_token > token))",
+        IN_SURVIVORS + " -k equally",
+        INTERPRETED,
+    ),
+    Mutant(
+        "unfiltered requests without the noise that their batch asks for",
+        "triton_kernels/narrowing.py",
+        "unfiltered = k < 0",
+        "unfiltered = unfiltered & (k == 0)",
+        IN_SURVIVORS + " -k third",
+        INTERPRETED,
+    ),
+    Mutant(
         "a walk's histograms of the row before",
         "triton_kernels/tree_rows.py",
         "leave_counts(counts_of(own, law.C, c), x, top)",
@@ -951,6 +1009,45 @@ MUTANTS = [
         "any(s % 16 for s in x.stride()[:-1])",
         "any(s % 16 for s in x.stride()[:0])",
         "tests/test_ranked_static.py",
+    ),
+    Mutant(
+        "halves of odd strides left to HMMA in decoding",
+        "triton_kernels/decode_plan.py",
+        '64 if m > 16 and arch == "sm_90" else 16',
+        '64 if m > 64 and arch == "sm_90" else 16',
+        "tests/test_decode_report.py -k small_tile",
+    ),
+    Mutant(
+        "fp32 of odd strides in tiles of 64 rows in prefill",
+        "triton_kernels/ranked_attention.py",
+        "rows = rows[:1]  # those",
+        "rows = rows[:2]  # those",
+        AT_ODD + " -k which_tiles",
+        INTERPRETED,
+    ),
+    Mutant(
+        "tiles of a lean call taken twice",
+        "triton_kernels/decode_kernel.py",
+        "f0, f1 = s1, s1",
+        "f0, f1 = s1, s0",
+        AT_ODD + " -k cases",
+        INTERPRETED,
+    ),
+    Mutant(
+        "a bad value among good ones overlooked in a lean call",
+        RANKED_ATTEND,
+        "found = tl.max(found, 0)",
+        "found = tl.min(found, 0)",
+        AT_ODD + " -k bad_values",
+        INTERPRETED,
+    ),
+    Mutant(
+        "an unmapped row of a lean call read as the first one",
+        "triton_kernels/attention_steps.py",
+        "mapped = rows >= 0",
+        "mapped = rows >= -1",
+        AT_ODD,
+        INTERPRETED,
     ),
     Mutant(
         "the second half of a tile's bits read as the first",
