@@ -855,7 +855,7 @@ MUTANTS = [
         "triton_kernels/law_floors.py",
         "last = others == tl.cdiv(law.C, per) - 1",
         "last = others == tl.cdiv(law.C, per)",
-        IN_CHAINS + " -k alone",
+        IN_CHAINS + " -k decides",
         INTERPRETED,
     ),
     Mutant(
