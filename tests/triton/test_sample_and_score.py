@@ -176,7 +176,8 @@ def hostile(V: int) -> Tensor:
     x[4, 0], x[4, V - 1] = torch.nan, torch.inf
     x[5] = 3e38
     x[6] = -1e30
-    x[7, : V - 1] = -torch.inf
+    x[7] = -torch.inf
+    x[7, V - 1] = 1.0
     return x
 
 
