@@ -34,7 +34,7 @@ def narrow(
     JOINT: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
     gumbel=None, HAS_NOISE: tl.constexpr = False, HAS_ENERGY: tl.constexpr = False,
 ):  # fmt: skip
-    """Reads chunks first .. last - 1, PART of one at a time; (the brackets): see above.
+    """Reads chunks first .. last - 1, PART of one at a time; returns ``histograms.brackets``.
 
     tops, sums: pointers to the first read's of all chunks, the latter under ``scale``.
     """

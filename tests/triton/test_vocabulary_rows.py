@@ -107,6 +107,11 @@ def expect_alike(got: Any, want: Any) -> None:
             assert torch.equal(x, y)
 
 
+def expect_equal(got: Any, want: Any) -> None:
+    for x, y in zip(tensors(got), tensors(want), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("V", [1, 2, 127, 128256, 151936, 2**18 + 1])
 @pytest.mark.parametrize("op", OPS)
 def test_sizes(op: str, V: int) -> None:
@@ -133,8 +138,7 @@ def test_rows_past_2_to_the_31(op: str, far_apart: Tensor) -> None:
     far = [far_apart.as_strided((B, N, V), (FAR, V + 5, 1), at) for at in (0, 2**19)]
     for x, y in zip(far, (p, q), strict=True):
         x.copy_(y)
-    for x, y in zip(tensors(OPS[op](*far, *inputs, backend="triton")), tensors(want), strict=True):
-        assert torch.equal(x, y)
+    expect_equal(OPS[op](*far, *inputs, backend="triton"), want)
 
 
 INDEXED = [op for op in OPS if op not in ("coupled", "unmask", "soft_embed")]
@@ -157,6 +161,4 @@ def test_an_index_past_2_to_the_31(op: str, far_apart: Tensor) -> None:
         given["draft_row_index"] = index[:, :2]
     elif op in ("recursive", "filtered", "traversal"):
         given["draft_row_index"] = index
-    got = OPS[op](*packed, *inputs, **given)
-    for x, y in zip(tensors(got), tensors(want), strict=True):
-        assert torch.equal(x, y)
+    expect_equal(OPS[op](*packed, *inputs, **given), want)
