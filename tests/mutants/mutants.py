@@ -725,6 +725,14 @@ MUTANTS = [
         IN_TREE_EDGES + " -k beyond",
         INTERPRETED,
     ),
+    Mutant(
+        "the chunks of a vocabulary past 131,072 tokens overlooked",
+        "triton_kernels/vocabulary.py",
+        "tops = tl.load(stats + c, mask=c < C, other=nothing)",
+        "tops = tl.load(stats + c, mask=c < tl.minimum(C, 32), other=nothing)",
+        "tests/triton/test_vocabulary_rows.py -k inverse_cdf-262145",
+        INTERPRETED,
+    ),
     # chains, greedy verdicts and coupling in Triton
     Mutant(
         "no barrier between a chain's sums and their reader, where a program has all of them",
